@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The driver as Python methods, over any transport that carries one request and its reply."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import numpy.typing as npt
+
+from kernweave.driver import uapi
+from kernweave.driver.uapi import Fact, Op
+from kernweave.errors import DriverError, UnsupportedError
+
+Transport = Callable[[bytes], bytes | bytearray | memoryview]
+Rows = npt.NDArray[np.void]
+Addrs = npt.NDArray[np.uint64]
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What the driver says about its kernel.
+
+    Attributes:
+        text_start: run-time address of `_stext`.
+        text_end: run-time address of `_etext`, exclusive.
+        yield_addr: function to call before ftrace changes text.
+        pinned: sites of earlier sessions that wait for somebody else to leave.
+        flags: what the brain must respect.
+        cpus: possible CPUs, rows of `Driver.counters`.
+        release: `uname -r`.
+        version: `uname -v`.
+    """
+
+    text_start: int
+    text_end: int
+    yield_addr: int
+    pinned: int
+    flags: Fact
+    cpus: int
+    release: str
+    version: str
+
+
+@dataclass(frozen=True, slots=True)
+class Area:
+    """Executable memory in reach of kernel text: driver's number, address, bytes."""
+
+    id: int
+    addr: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Per-CPU memory: number within its area, gs-relative address."""
+
+    index: int
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Undone:
+    """What an undo did: numbers of sites, and the addresses that are still not ours."""
+
+    restored: int
+    evicted: int
+    stuck: int
+    stuck_addrs: tuple[int, ...]
+
+
+class CommitError(DriverError):
+    """A transaction was rolled back; `index` names the poke that did not match."""
+
+    def __init__(self, message: str, errno: int, index: int) -> None:
+        super().__init__(message, errno)
+        self.index = index
+
+
+def _text(value: bytes) -> str:
+    return value.split(b"\0", 1)[0].decode(errors="replace")
+
+
+def _rows(dtype: np.dtype[np.void], **fields: Any) -> bytes:
+    row = np.zeros(1, dtype)
+    for name, value in fields.items():
+        row[name] = value
+    return row.tobytes()
+
+
+class Driver:
+    """One open session with the driver; methods block, none is thread-safe.
+
+    Raises:
+        DriverError: from any method, with the driver's errno.
+
+    References:
+        csrc/kmod/kw_uapi.h says what each request does and which locks it takes.
+    """
+
+    def __init__(self, transport: Transport, *, writer: bool = True) -> None:
+        self._transport = transport
+        self.facts = self._hello(writer)
+
+    def _hello(self, writer: bool) -> Facts:
+        name = Path(sys.argv[0] or "python").name.encode()[:31]
+        hello = _rows(uapi.HELLO, flags=uapi.WRITER if writer else 0, pid=os.getpid(), name=name)
+        row = np.frombuffer(self._call(Op.HELLO, hello), uapi.FACTS)[0]
+        return Facts(
+            text_start=int(row["text_start"]),
+            text_end=int(row["text_end"]),
+            yield_addr=int(row["yield"]),
+            pinned=int(row["pinned"]),
+            flags=Fact(int(row["flags"])),
+            cpus=int(row["cpus"]),
+            release=_text(row["release"]),
+            version=_text(row["version"]),
+        )
+
+    def _exchange(self, op: Op, payload: bytes) -> tuple[np.void, memoryview]:
+        head = _rows(uapi.REQ, magic=uapi.MAGIC, version=uapi.VERSION, op=op, len=len(payload))
+        if len(head) + len(payload) > uapi.MAX_REQUEST:
+            raise DriverError(f"request of {len(payload)} bytes is too large", errno.EMSGSIZE)
+        reply = memoryview(self._transport(head + payload))
+        if len(reply) < uapi.REP.itemsize:
+            raise DriverError(f"reply of {len(reply)} bytes is too short")
+        rep = np.frombuffer(reply[: uapi.REP.itemsize], uapi.REP)[0]
+        body = reply[uapi.REP.itemsize :]
+        if rep["magic"] != uapi.MAGIC or rep["len"] != len(body):
+            raise DriverError("reply is not one of the kernweave driver")
+        if rep["version"] != uapi.VERSION:
+            raise UnsupportedError(
+                f"the loaded driver speaks interface {rep['version']}, "
+                f"this kernweave speaks {uapi.VERSION}",
+                help="load the driver that belongs to this kernweave "
+                "(for a lab: kernweave lab down)",
+            )
+        return rep, body
+
+    def _call(self, op: Op, payload: bytes = b"") -> memoryview:
+        rep, body = self._exchange(op, payload)
+        if rep["status"]:
+            self._fail(op, -int(rep["status"]), int(rep["detail"]), body)
+        return body
+
+    def _fail(self, op: Op, code: int, detail: int, body: memoryview) -> NoReturn:
+        if op == Op.HELLO and code == errno.EBUSY and len(body) == uapi.HELLO.itemsize:
+            owner = np.frombuffer(body, uapi.HELLO)[0]
+            raise DriverError(
+                "another session is changing this kernel: "
+                f"pid {owner['pid']} ({_text(owner['name'])})",
+                code,
+                help="wait until it ends, or end it",
+            )
+        what = f"driver refused {op.name.lower()}: {errno.errorcode.get(code, code)}"
+        if op == Op.COMMIT:
+            raise CommitError(f"{what} at poke {detail}", code, detail)
+        raise DriverError(f"{what} (item {detail})" if detail else what, code)
+
+    def lookup(self, names: Sequence[str]) -> list[int]:
+        """Run-time addresses of kernel symbols, 0 where there is none; names in order."""
+        if not names:
+            return []
+        body = self._call(Op.LOOKUP, b"".join(name.encode() + b"\0" for name in names))
+        return [int(addr) for addr in np.frombuffer(body, "<u8")]
+
+    def read(self, addr: int, size: int) -> bytes:
+        """`size` bytes of kernel memory at `addr`; fault-safe, EFAULT if not mapped."""
+        parts = []
+        for start in range(addr, addr + size, uapi.MAX_READ):
+            end = min(start + uapi.MAX_READ, addr + size)
+            parts.append(bytes(self._call(Op.READ, _rows(uapi.RANGE, start=start, end=end))))
+        return b"".join(parts)
+
+    def read_ranges(self, starts: Addrs, ends: Addrs) -> bytes:
+        """Bytes of many ranges, one after the other; at most 32 MiB in all."""
+        rows = np.zeros(len(starts), uapi.RANGE)
+        rows["start"], rows["end"] = starts, ends
+        return bytes(self._call(Op.READ, rows.tobytes())) if len(rows) else b""
+
+    def kmods(self) -> Rows:
+        """Loaded kmods as `uapi.KMOD` rows."""
+        return np.frombuffer(self._call(Op.KMODS), uapi.KMOD)
+
+    def denylist(self) -> Rows:
+        """Address ranges in which the kernel allows no probe, `uapi.RANGE` rows."""
+        return np.frombuffer(self._call(Op.DENYLIST), uapi.RANGE)
+
+    def kprobes(self) -> Rows:
+        """Armed kprobes with the bytes they cover, `uapi.PATCHED` rows."""
+        return np.frombuffer(self._call(Op.KPROBES), uapi.PATCHED)
+
+    def ftrace_records(self) -> Rows:
+        """Every ftrace site and its flags, `uapi.RECORD` rows."""
+        return np.frombuffer(self._call(Op.FTRACE), uapi.RECORD)
+
+    def placed(self) -> Rows:
+        """Sites that any session has changed, with their bytes, `uapi.PATCHED` rows."""
+        return np.frombuffer(self._call(Op.PLACED), uapi.PATCHED)
+
+    def area(self, size: int) -> Area:
+        """Allocate executable memory, writable until `seal`."""
+        row = np.frombuffer(self._call(Op.AREA, _rows(uapi.SIZE, value=size)), uapi.AREA)[0]
+        return Area(int(row["id"]), int(row["addr"]), int(row["size"]))
+
+    def percpu(self, area: Area, size: int) -> Chunk:
+        """Allocate zeroed per-CPU memory that lives as long as `area`; at most 32 KiB."""
+        body = self._call(Op.PERCPU, _rows(uapi.SLICE, area=area.id, len=size))
+        row = np.frombuffer(body, uapi.CHUNK)[0]
+        return Chunk(int(row["index"]), int(row["offset"]))
+
+    def write(self, area: Area, off: int, data: bytes) -> None:
+        """Fill a part of an area that is not sealed."""
+        step = uapi.MAX_REQUEST // 2
+        for at in range(0, len(data), step):
+            part = data[at : at + step]
+            head = _rows(uapi.SLICE, area=area.id, off=off + at, len=len(part))
+            self._call(Op.WRITE, head + part)
+
+    def seal(self, area: Area) -> None:
+        """Make an area read-only and executable and synchronise all CPUs."""
+        self._call(Op.SEAL, _rows(uapi.SLICE, area=area.id))
+
+    def commit(self, area: Area, pokes: Rows) -> int:
+        """Apply `uapi.POKE` rows, all or none at return; the transaction's number.
+
+        Raises:
+            CommitError: old bytes differ (ESTALE) or a poke is not allowed; rolled back.
+        """
+        head = _rows(uapi.COMMIT, area=area.id, count=len(pokes))
+        return int(np.frombuffer(self._call(Op.COMMIT, head + pokes.tobytes()), "<u8")[0])
+
+    def undo(self, txn: int) -> Undone:
+        """Restore a transaction's sites; idempotent, so it also retries stuck ones."""
+        body = self._call(Op.UNDO, _rows(uapi.SIZE, value=txn))
+        row = np.frombuffer(body[: uapi.UNDONE.itemsize], uapi.UNDONE)[0]
+        stuck = np.frombuffer(body[uapi.UNDONE.itemsize :], "<u8")
+        return Undone(
+            int(row["restored"]), int(row["evicted"]), int(row["stuck"]), tuple(map(int, stuck))
+        )
+
+    def states(self, txn: int) -> npt.NDArray[np.uint8]:
+        """`uapi.State` of each poke of a transaction."""
+        return np.frombuffer(self._call(Op.STATES, _rows(uapi.SIZE, value=txn)), np.uint8)
+
+    def quiesce(self) -> None:
+        """Wait until no task can be in code that was made unreachable before."""
+        self._call(Op.QUIESCE)
+
+    def counters(self, area: Area, chunk: Chunk, size: int) -> npt.NDArray[np.uint64]:
+        """uint64[cpus, size // 8]: a chunk of every possible CPU."""
+        request = _rows(uapi.SLICE, area=area.id, off=chunk.index, len=size)
+        body = self._call(Op.COUNTERS, request)
+        return np.frombuffer(body, "<u8").reshape(self.facts.cpus, -1)
+
+    def free(self, area: Area) -> None:
+        """Free an unreachable, quiescent area and its per-CPU memory; EAGAIN if not quiescent."""
+        self._call(Op.FREE, _rows(uapi.SLICE, area=area.id))
+
+    def forget(self, txn: int) -> None:
+        """Drop an undone transaction."""
+        self._call(Op.FORGET, _rows(uapi.SIZE, value=txn))

@@ -1,0 +1,275 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+/*
+ * Areas: executable memory and the per-CPU chunks its code writes.
+ *
+ * Life of an area:
+ *   1. allocated writable, not executable;
+ *   2. filled;
+ *   3. sealed: read-only, then executable, then all CPUs synchronised;
+ *   4. reachable while a transaction's jumps lead into it;
+ *   5. unreachable again (stamped), but tasks may still be inside;
+ *   6. quiescent, then freed.
+ */
+#include <linux/cpu.h>
+#include <linux/mm.h>
+#include <linux/percpu.h>
+#include <linux/rcupdate.h>
+#include <linux/slab.h>
+#include <linux/vmalloc.h>
+#include <linux/workqueue.h>
+
+#include "kw.h"
+
+static LIST_HEAD(kw_retired); /* areas of closed sessions; under kw_lock */
+static u64 kw_stamp = 1;      /* under kw_lock */
+static u64 kw_quiesced;       /* areas stamped up to here are free of visitors; kw_lock */
+static u64 kw_next_id = 1;
+
+static void kw_idle_pass(struct work_struct *work)
+{
+}
+
+/*
+ * Make each CPU's idle task pass through the scheduler: RCU tasks skips idle
+ * tasks, and an idle task cannot run while a worker of its CPU does.
+ */
+static void kw_pass_idle_tasks(void)
+{
+	struct work_struct work;
+	int cpu;
+
+	cpus_read_lock();
+	for_each_online_cpu(cpu) {
+		INIT_WORK_ONSTACK(&work, kw_idle_pass);
+		schedule_work_on(cpu, &work);
+		flush_work(&work);
+		destroy_work_on_stack(&work);
+	}
+	cpus_read_unlock();
+}
+
+/* May sleep for a tenth of a second, so kw_lock is held only at both ends. */
+void kw_quiesce(void)
+{
+	u64 upto;
+
+	mutex_lock(&kw_lock);
+	upto = kw_stamp++;
+	mutex_unlock(&kw_lock);
+	synchronize_rcu_tasks();
+	kw_pass_idle_tasks();
+	kw_ftrace_drain();
+	mutex_lock(&kw_lock);
+	kw_quiesced = max(kw_quiesced, upto);
+	mutex_unlock(&kw_lock);
+}
+
+static void kw_code_free(struct kw_code *code)
+{
+	u32 i;
+
+	for (i = 0; i < code->nr_chunks; i++)
+		free_percpu(code->chunks[i].mem);
+	kfree(code->chunks);
+	if (code->mem)
+		kw_syms.free_code(code->mem);
+	kfree(code);
+}
+
+static bool kw_code_is_free(const struct kw_code *code)
+{
+	return !code->users && code->stamp <= kw_quiesced;
+}
+
+void kw_area_unreachable(struct kw_code *code)
+{
+	lockdep_assert_held(&kw_lock);
+	if (!--code->users)
+		code->stamp = kw_stamp;
+}
+
+static void kw_reap(struct work_struct *work)
+{
+	struct kw_code *code, *next;
+
+	kw_quiesce();
+	mutex_lock(&kw_lock);
+	list_for_each_entry_safe(code, next, &kw_retired, link) {
+		if (!kw_code_is_free(code))
+			continue;
+		list_del(&code->link);
+		kw_code_free(code);
+	}
+	mutex_unlock(&kw_lock);
+}
+
+static DECLARE_WORK(kw_reaper, kw_reap);
+
+/* Hand an area over to be freed when nobody can be in it; never waits. */
+void kw_area_retire(struct kw_code *code)
+{
+	lockdep_assert_held(&kw_lock);
+	list_move(&code->link, &kw_retired);
+	if (!code->users)
+		schedule_work(&kw_reaper);
+}
+
+void kw_areas_exit(void)
+{
+	flush_work(&kw_reaper);
+	kw_reap(NULL);
+	WARN_ON(!list_empty(&kw_retired));
+}
+
+struct kw_code *kw_area_find(struct kw_session *s, u64 id)
+{
+	struct kw_code *code;
+
+	list_for_each_entry(code, &s->areas, link)
+		if (code->id == id)
+			return code;
+	return NULL;
+}
+
+static void *kw_code_alloc(size_t size)
+{
+	if (kw_syms.execmem_alloc)
+		return kw_syms.execmem_alloc(0, size); /* EXECMEM_DEFAULT */
+	return kw_syms.module_alloc(size);
+}
+
+int kw_area_alloc(struct kw_session *s, const struct kw_size *req, struct kw_out *out)
+{
+	struct kw_area *rep = kw_reserve(out, sizeof(*rep));
+	struct kw_code *code;
+
+	if (!rep)
+		return -ENOSPC;
+	if (!req->value || req->value > KW_MAX_CODE)
+		return -E2BIG;
+	code = kzalloc(sizeof(*code), GFP_KERNEL);
+	if (!code)
+		return -ENOMEM;
+	code->size = PAGE_ALIGN(req->value);
+	code->mem = kw_code_alloc(code->size);
+	if (!code->mem) {
+		kfree(code);
+		return -ENOMEM;
+	}
+	memset(code->mem, 0xcc, code->size);
+	code->id = kw_next_id++;
+	list_add_tail(&code->link, &s->areas);
+	*rep = (struct kw_area){ code->id, (unsigned long)code->mem, code->size };
+	return 0;
+}
+
+static int kw_grow_chunks(struct kw_code *code)
+{
+	u32 max = code->max_chunks ? 2 * code->max_chunks : 8;
+	void *more;
+
+	if (code->nr_chunks < code->max_chunks)
+		return 0;
+	more = krealloc(code->chunks, max * sizeof(*code->chunks), GFP_KERNEL);
+	if (!more)
+		return -ENOMEM;
+	code->chunks = more;
+	code->max_chunks = max;
+	return 0;
+}
+
+int kw_area_percpu(struct kw_session *s, const struct kw_slice *req, struct kw_out *out)
+{
+	struct kw_chunk *rep = kw_reserve(out, sizeof(*rep));
+	struct kw_code *code = kw_area_find(s, req->area);
+	struct kw_percpu *chunk;
+
+	if (!rep)
+		return -ENOSPC;
+	if (!code)
+		return -ENOENT;
+	if (!req->len || req->len > KW_MAX_PERCPU || req->len % 8)
+		return -E2BIG;
+	if (kw_grow_chunks(code))
+		return -ENOMEM;
+	chunk = &code->chunks[code->nr_chunks];
+	chunk->bytes = req->len;
+	chunk->mem = __alloc_percpu(req->len, 8);
+	if (!chunk->mem)
+		return -ENOMEM;
+	*rep = (struct kw_chunk){ code->nr_chunks++, (__force unsigned long)chunk->mem };
+	return 0;
+}
+
+int kw_area_write(struct kw_session *s, const struct kw_slice *req, const u8 *data, size_t len)
+{
+	struct kw_code *code = kw_area_find(s, req->area);
+
+	if (!code)
+		return -ENOENT;
+	if (code->sealed)
+		return -EPERM;
+	if (req->len != len || req->off > code->size || len > code->size - req->off)
+		return -E2BIG;
+	memcpy(code->mem + req->off, data, len);
+	return 0;
+}
+
+int kw_area_seal(struct kw_session *s, const struct kw_slice *req)
+{
+	struct kw_code *code = kw_area_find(s, req->area);
+	int ret, pages;
+
+	if (!code)
+		return -ENOENT;
+	if (code->sealed)
+		return 0;
+	pages = code->size >> PAGE_SHIFT;
+	ret = kw_syms.set_ro((unsigned long)code->mem, pages);
+	if (!ret)
+		ret = kw_syms.set_x((unsigned long)code->mem, pages);
+	if (ret)
+		return ret;
+	kw_syms.poke_sync();
+	code->sealed = true;
+	return 0;
+}
+
+int kw_area_counters(struct kw_session *s, const struct kw_slice *req, struct kw_out *out)
+{
+	struct kw_code *code = kw_area_find(s, req->area);
+	struct kw_percpu *chunk;
+	u64 *to, i;
+	int cpu;
+
+	if (!code || req->off >= code->nr_chunks)
+		return -ENOENT;
+	chunk = &code->chunks[req->off];
+	if (req->len > chunk->bytes || req->len % 8)
+		return -E2BIG;
+	to = kw_reserve(out, req->len * num_possible_cpus());
+	if (!to)
+		return -ENOSPC;
+	for_each_possible_cpu(cpu) {
+		const u64 *from = per_cpu_ptr(chunk->mem, cpu);
+
+		for (i = 0; i < req->len / 8; i++)
+			*to++ = READ_ONCE(from[i]); /* others write meanwhile: no tearing */
+	}
+	return 0;
+}
+
+int kw_area_free(struct kw_session *s, const struct kw_slice *req)
+{
+	struct kw_code *code = kw_area_find(s, req->area);
+
+	if (!code)
+		return -ENOENT;
+	if (code->users)
+		return -EBUSY;
+	if (!kw_code_is_free(code))
+		return -EAGAIN;
+	list_del(&code->link);
+	kw_code_free(code);
+	return 0;
+}

@@ -1,0 +1,85 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+/*
+ * Yield to ftrace: give nop sites back before ftrace verifies them.
+ *
+ * The brain splices a call to kw_ftrace_yield() into ftrace_replace_code(),
+ * where text_mutex and ftrace_lock are held.  ftrace expects its own nop at a
+ * record it is about to enable; a jump there would be an ftrace bug, which
+ * turns ftrace off for good.
+ */
+#include <linux/ftrace.h>
+#include <linux/wait.h>
+
+#include "kw.h"
+
+static atomic_t kw_inside = ATOMIC_INIT(0);
+static DECLARE_WAIT_QUEUE_HEAD(kw_left);
+
+static bool kw_any_sites(void)
+{
+	return !list_empty(&kw_txns);
+}
+
+/* Find the poke at addr in one transaction: pokes ascend. */
+static struct kw_poke *kw_site_at(struct kw_txn *t, u64 addr)
+{
+	u32 lo = 0, hi = t->count;
+
+	while (lo < hi) {
+		u32 mid = lo + (hi - lo) / 2;
+
+		if (t->pokes[mid].addr == addr)
+			return &t->pokes[mid];
+		if (t->pokes[mid].addr < addr)
+			lo = mid + 1;
+		else
+			hi = mid;
+	}
+	return NULL;
+}
+
+static void kw_evict(u64 addr)
+{
+	struct kw_txn *t;
+	struct kw_poke *p;
+	u32 i;
+
+	list_for_each_entry(t, &kw_txns, global) {
+		p = kw_site_at(t, addr);
+		i = p ? p - t->pokes : 0;
+		if (!p || t->states[i] != KW_PLACED)
+			continue;
+		kw_text_restore(t, i, i + 1);
+		if (t->states[i] == KW_RESTORED)
+			t->states[i] = KW_EVICTED;
+		return;
+	}
+}
+
+/*
+ * Called by the trampoline in ftrace_replace_code(), text_mutex held; may
+ * sleep.  The trampoline's address is on this stack, so the area it is in is
+ * freed only when kw_ftrace_drain() saw nobody inside.
+ */
+void kw_ftrace_yield(void)
+{
+	struct ftrace_rec_iter *it;
+
+	atomic_inc(&kw_inside);
+	for (it = kw_any_sites() ? kw_syms.rec_start() : NULL; it; it = kw_syms.rec_next(it)) {
+		struct dyn_ftrace *rec = kw_syms.rec_record(it);
+
+		if (kw_syms.rec_test(rec, true) != FTRACE_UPDATE_IGNORE)
+			kw_evict(rec->ip);
+	}
+	if (atomic_dec_and_test(&kw_inside))
+		wake_up(&kw_left);
+}
+
+void kw_ftrace_drain(void)
+{
+	if (!atomic_read(&kw_inside))
+		return;
+	wait_event(kw_left, !atomic_read(&kw_inside));
+	synchronize_rcu_tasks(); /* whoever was inside is now past the trampoline */
+}

@@ -1,0 +1,140 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/* What the driver's files share: sessions, areas, transactions, resolved symbols. */
+#ifndef KW_H
+#define KW_H
+
+#include <linux/list.h>
+#include <linux/module.h>
+#include <linux/mutex.h>
+#include <linux/types.h>
+
+#include "kw_uapi.h"
+
+struct dyn_ftrace;
+struct ftrace_rec_iter;
+
+/* One reply under construction; handlers reserve what they need, once. */
+struct kw_out {
+	u8 *buf;
+	size_t len; /* payload bytes */
+	size_t cap; /* payload bytes the caller can take */
+	u32 detail;
+};
+
+struct kw_session {
+	struct mutex lock; /* one request at a time */
+	struct kw_hello who;
+	bool greeted;
+	bool writer;
+	struct list_head areas;
+	struct list_head txns;
+};
+
+/* Executable memory and the per-CPU chunks its code writes. */
+struct kw_code {
+	struct list_head link;
+	u64 id;
+	u8 *mem;
+	size_t size;
+	bool sealed;
+	u32 users;  /* transactions whose jumps lead here and are not undone */
+	u64 stamp;  /* kw_stamp when it became unreachable, 0: never was reachable */
+	u32 nr_chunks;
+	u32 max_chunks;
+	struct kw_percpu {
+		void __percpu *mem;
+		u32 bytes;
+	} *chunks;
+};
+
+struct kw_txn {
+	struct list_head link;   /* in its session, or in the pinned list */
+	struct list_head global; /* in kw_txns, under text_mutex */
+	u64 id;
+	struct kw_code *code;
+	u32 count;
+	bool pinned;
+	u8 *states; /* enum kw_state per poke, under text_mutex */
+	struct kw_poke *pokes; /* ascending, disjoint */
+	u32 nr_mods;
+	struct module **mods; /* kmods whose text we changed; a reference each */
+};
+
+/* Kernel functions and data that are not exported, found by name. */
+struct kw_syms {
+	unsigned long (*lookup_name)(const char *name);
+	void (*poke_queue)(void *addr, const void *opcode, size_t len, const void *emulate);
+	void (*poke_finish)(void);
+	void *(*poke)(void *addr, const void *opcode, size_t len);
+	void (*poke_sync)(void);
+	struct mutex *text_mutex;
+	void *(*module_alloc)(unsigned long size);
+	void *(*execmem_alloc)(int type, size_t size);
+	void (*free_code)(void *mem);
+	int (*set_ro)(unsigned long addr, int pages);
+	int (*set_x)(unsigned long addr, int pages);
+	struct ftrace_rec_iter *(*rec_start)(void);
+	struct ftrace_rec_iter *(*rec_next)(struct ftrace_rec_iter *iter);
+	struct dyn_ftrace *(*rec_record)(struct ftrace_rec_iter *iter);
+	int (*rec_test)(struct dyn_ftrace *rec, bool enable);
+	struct mutex *ftrace_lock;
+	struct list_head *kprobe_blacklist;
+	struct hlist_head *kprobe_table;
+	struct mutex *kprobe_mutex;
+	struct list_head *modules;
+	struct mutex *module_mutex;
+	struct module *(*module_text_address)(unsigned long addr);
+	struct list_head *smp_alt_modules;
+	unsigned long stext;
+	unsigned long etext;
+};
+
+extern struct kw_syms kw_syms;
+extern struct list_head kw_txns;   /* every live transaction; under text_mutex */
+extern struct list_head kw_pinned; /* transactions with stuck sites; under kw_lock */
+extern struct mutex kw_lock;       /* areas, transactions, the writer; before text_mutex */
+
+int kw_resolve(void);
+
+void *kw_reserve(struct kw_out *out, size_t bytes);
+
+int kw_facts(struct kw_out *out);
+int kw_lookup(const u8 *req, size_t len, struct kw_out *out);
+int kw_read(const u8 *req, size_t len, struct kw_out *out);
+
+int kw_kmods(struct kw_out *out);
+int kw_denylist(struct kw_out *out);
+int kw_kprobes(struct kw_out *out);
+int kw_ftrace_records(struct kw_out *out);
+int kw_placed(struct kw_out *out);
+
+int kw_area_alloc(struct kw_session *s, const struct kw_size *req, struct kw_out *out);
+int kw_area_percpu(struct kw_session *s, const struct kw_slice *req, struct kw_out *out);
+int kw_area_write(struct kw_session *s, const struct kw_slice *req, const u8 *data, size_t len);
+int kw_area_seal(struct kw_session *s, const struct kw_slice *req);
+int kw_area_counters(struct kw_session *s, const struct kw_slice *req, struct kw_out *out);
+int kw_area_free(struct kw_session *s, const struct kw_slice *req);
+struct kw_code *kw_area_find(struct kw_session *s, u64 id);
+void kw_area_unreachable(struct kw_code *code);
+void kw_area_retire(struct kw_code *code);
+void kw_areas_exit(void);
+void kw_quiesce(void);
+
+int kw_text_commit(struct kw_session *s, const struct kw_commit *req, const struct kw_poke *pokes,
+		   size_t len, struct kw_out *out);
+int kw_text_states(struct kw_session *s, const struct kw_size *req, struct kw_out *out);
+int kw_text_matches(const struct kw_poke *p, const u8 *bytes);
+void kw_text_restore(struct kw_txn *t, u32 from, u32 to);
+
+int kw_undo(struct kw_session *s, const struct kw_size *req, struct kw_out *out);
+int kw_forget(struct kw_session *s, const struct kw_size *req);
+void kw_undo_all(struct kw_txn *t, struct kw_undone *sum);
+void kw_txn_free(struct kw_txn *t);
+struct kw_txn *kw_txn_find(struct kw_session *s, u64 id);
+void kw_undo_session(struct kw_session *s);
+void kw_undo_exit(void);
+
+void kw_ftrace_yield(void);
+void kw_ftrace_drain(void);
+
+#endif

@@ -1,0 +1,181 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later WITH Linux-syscall-note */
+/*
+ * The interface between the brain and the driver, /dev/kernweave.
+ *
+ * One ioctl carries one request and its reply.  A request is struct kw_req and
+ * a payload, a reply is struct kw_rep and a payload; all integers are little
+ * endian, all structures have explicit padding, every length is checked.
+ * Python's mirror of this file is driver/uapi.py; a test compares the two.
+ */
+#ifndef KW_UAPI_H
+#define KW_UAPI_H
+
+#include <linux/ioctl.h>
+#include <linux/types.h>
+
+#ifndef KW_UAPI_VERSION
+#define KW_UAPI_VERSION 1
+#endif
+
+#define KW_MAGIC 0x5245574bu /* "KWER" */
+
+#define KW_MAX_REQUEST (64u << 20)  /* bytes of one request, header included */
+#define KW_MAX_REPLY (33u << 20)    /* bytes of one reply, header included */
+#define KW_MAX_READ (32u << 20)     /* bytes read by one request */
+#define KW_MAX_POKES (1u << 20)     /* pokes in one transaction */
+#define KW_MAX_CODE (256u << 20)    /* bytes of executable memory in one area */
+#define KW_MAX_PERCPU (32u << 10)   /* bytes of one per-CPU chunk */
+#define KW_BATCH 256u               /* pokes applied while text_mutex is held */
+#define KW_POKE_BYTES 16u           /* room for old and new bytes of a poke */
+
+struct kw_call {
+	__u64 req;     /* user pointer to the request */
+	__u64 req_len; /* its bytes */
+	__u64 rep;     /* user pointer to the reply buffer */
+	__u64 rep_cap; /* its bytes */
+	__u64 rep_len; /* out: bytes written */
+};
+
+#define KW_IOC_CALL _IOWR('K', 0x57, struct kw_call)
+
+struct kw_req {
+	__u32 magic;
+	__u16 version;
+	__u16 op;
+	__u64 len; /* payload bytes that follow */
+};
+
+struct kw_rep {
+	__u32 magic;
+	__u16 version; /* the driver's, also when it differs from the request's */
+	__u16 op;
+	__s32 status; /* 0 or a negative errno */
+	__u32 detail; /* index of the item the status is about */
+	__u64 len;    /* payload bytes that follow */
+};
+
+enum kw_op {
+	KW_OP_HELLO = 1,    /* kw_hello -> kw_facts; EBUSY -> kw_hello of the owner */
+	KW_OP_LOOKUP = 2,   /* names, each NUL-terminated -> u64 address or 0 per name */
+	KW_OP_READ = 3,     /* kw_range[] -> the bytes, one after the other */
+	KW_OP_KMODS = 4,    /* -> kw_kmod[] */
+	KW_OP_DENYLIST = 5, /* -> kw_range[] no kprobe may be placed in */
+	KW_OP_KPROBES = 6,  /* -> kw_patched[] armed kprobes */
+	KW_OP_FTRACE = 7,   /* -> kw_record[] of every ftrace record */
+	KW_OP_PLACED = 8,   /* -> kw_patched[] sites of every session and of pinned ones */
+	KW_OP_AREA = 9,     /* kw_size -> kw_area: executable memory, writable until sealed */
+	KW_OP_PERCPU = 10,  /* kw_slice{area, 0, bytes} -> kw_chunk */
+	KW_OP_WRITE = 11,   /* kw_slice{area, offset, bytes} and the bytes */
+	KW_OP_SEAL = 12,    /* kw_slice{area}: read-only, executable, CPUs synchronised */
+	KW_OP_COMMIT = 13,  /* kw_commit and kw_poke[] -> kw_size{transaction} */
+	KW_OP_UNDO = 14,    /* kw_size{transaction} -> kw_undone and u64[] stuck addresses */
+	KW_OP_STATES = 15,  /* kw_size{transaction} -> u8 kw_state per poke */
+	KW_OP_QUIESCE = 16, /* wait until nobody can be in unreachable code */
+	KW_OP_COUNTERS = 17, /* kw_slice{area, chunk, bytes} -> per possible CPU the bytes */
+	KW_OP_FREE = 18,    /* kw_slice{area}; EAGAIN until quiesced */
+	KW_OP_FORGET = 19,  /* kw_size{transaction}: drop an undone transaction */
+};
+
+#define KW_WRITER 1u /* kw_hello.flags: this session will change text */
+
+struct kw_hello {
+	__u32 flags;
+	__u32 pid; /* of the client, as it sees itself */
+	char name[32];
+};
+
+#define KW_FACT_LOCKS_LIVE 1u   /* lock prefixes may still be re-patched */
+#define KW_FACT_FTRACE_YIELD 2u /* the driver can yield to ftrace */
+#define KW_FACT_CALL_DEPTH 4u   /* calls are counted: push; jmp is not a call */
+
+struct kw_facts {
+	__u64 text_start;   /* _stext */
+	__u64 text_end;     /* _etext */
+	__u64 yield;        /* address to be called before ftrace changes text */
+	__u64 pinned;       /* sites that could not be restored yet */
+	__u32 flags;
+	__u32 cpus;         /* possible CPUs = rows of KW_OP_COUNTERS */
+	__u32 sizes[6];     /* of jump_entry, static_call_site, exception entry, bug entry; 0; 0 */
+	char release[64];   /* uname -r */
+	char version[64];   /* uname -v */
+};
+
+struct kw_range {
+	__u64 start;
+	__u64 end; /* exclusive */
+};
+
+struct kw_kmod {
+	char name[56];
+	__u64 text_start;
+	__u64 text_end;
+	__u64 symtab; /* Elf64_Sym[symbols] */
+	__u64 strtab;
+	__u64 symbols;
+	struct kw_range jump_labels;
+	struct kw_range static_calls;
+	struct kw_range exceptions;
+	struct kw_range bugs;
+};
+
+struct kw_patched {
+	__u64 addr;
+	__u32 len;      /* bytes of original[] in force */
+	__u32 pinned;   /* 1: left behind by a session that is gone */
+	__u8 original[KW_POKE_BYTES];
+};
+
+struct kw_record {
+	__u64 ip;
+	__u64 flags; /* dyn_ftrace.flags */
+};
+
+struct kw_size {
+	__u64 value;
+};
+
+struct kw_area {
+	__u64 id;
+	__u64 addr;
+	__u64 size;
+};
+
+struct kw_slice {
+	__u64 area;
+	__u64 off;
+	__u64 len;
+};
+
+struct kw_chunk {
+	__u64 index;
+	__u64 offset; /* gs-relative address of the chunk on every CPU */
+};
+
+struct kw_commit {
+	__u64 area; /* every new jump must lead into it */
+	__u64 count;
+};
+
+struct kw_poke {
+	__u64 addr;
+	__u32 len;
+	__u32 pad;
+	__u8 old[KW_POKE_BYTES];
+	__u8 new_[KW_POKE_BYTES];
+};
+
+enum kw_state {
+	KW_WAITING = 0,  /* not written yet */
+	KW_PLACED = 1,   /* new bytes are in the text */
+	KW_EVICTED = 2,  /* given back because ftrace wanted the site */
+	KW_RESTORED = 3, /* old bytes written, read again and compared */
+	KW_STUCK = 4,    /* somebody else's bytes are there: pinned until they leave */
+};
+
+struct kw_undone {
+	__u64 restored;
+	__u64 evicted;
+	__u64 stuck;
+};
+
+#endif

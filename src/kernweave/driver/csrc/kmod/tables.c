@@ -1,0 +1,166 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+/* Lists the kernel keeps that are not plain memory: kmods, denylist, kprobes, ftrace, sites. */
+#include <linux/ftrace.h>
+#include <linux/hashtable.h>
+#include <linux/kprobes.h>
+#include <linux/sched.h>
+
+#include "kw.h"
+
+static void kw_span(struct kw_range *r, const void *start, size_t bytes)
+{
+	r->start = (unsigned long)start;
+	r->end = r->start + bytes;
+}
+
+static void kw_fill_kmod(struct kw_kmod *k, struct module *m)
+{
+	memset(k, 0, sizeof(*k));
+	strscpy(k->name, m->name, sizeof(k->name));
+#ifdef KW_HAVE_MOD_MEM
+	k->text_start = (unsigned long)m->mem[MOD_TEXT].base;
+	k->text_end = k->text_start + m->mem[MOD_TEXT].size;
+#else
+	k->text_start = (unsigned long)m->core_layout.base;
+	k->text_end = k->text_start + m->core_layout.text_size;
+#endif
+	if (m->kallsyms) {
+		k->symtab = (unsigned long)m->kallsyms->symtab;
+		k->strtab = (unsigned long)m->kallsyms->strtab;
+		k->symbols = m->kallsyms->num_symtab;
+	}
+	kw_span(&k->jump_labels, m->jump_entries,
+		m->num_jump_entries * sizeof(struct jump_entry));
+	kw_span(&k->static_calls, m->static_call_sites,
+		m->num_static_call_sites * sizeof(struct static_call_site));
+	kw_span(&k->exceptions, m->extable,
+		m->num_exentries * sizeof(struct exception_table_entry));
+	kw_span(&k->bugs, m->bug_table, m->num_bugs * sizeof(struct bug_entry));
+}
+
+int kw_kmods(struct kw_out *out)
+{
+	struct module *m;
+	struct kw_kmod *k;
+	size_t n = 0;
+
+	mutex_lock(kw_syms.module_mutex);
+	list_for_each_entry(m, kw_syms.modules, list)
+		n += m->state == MODULE_STATE_LIVE;
+	k = kw_reserve(out, n * sizeof(*k));
+	if (k)
+		list_for_each_entry(m, kw_syms.modules, list)
+			if (m->state == MODULE_STATE_LIVE)
+				kw_fill_kmod(k++, m);
+	mutex_unlock(kw_syms.module_mutex);
+	return k ? 0 : -ENOSPC;
+}
+
+int kw_denylist(struct kw_out *out)
+{
+	struct kprobe_blacklist_entry *e;
+	struct kw_range *r;
+	size_t n = 0;
+
+	mutex_lock(kw_syms.kprobe_mutex);
+	list_for_each_entry(e, kw_syms.kprobe_blacklist, list)
+		n++;
+	r = kw_reserve(out, n * sizeof(*r));
+	if (r)
+		list_for_each_entry(e, kw_syms.kprobe_blacklist, list)
+			*r++ = (struct kw_range){ e->start_addr, e->end_addr };
+	mutex_unlock(kw_syms.kprobe_mutex);
+	return r ? 0 : -ENOSPC;
+}
+
+static void kw_fill_kprobe(struct kw_patched *p, struct kprobe *kp)
+{
+	memset(p, 0, sizeof(*p));
+	p->addr = (unsigned long)kp->addr;
+	p->original[0] = kp->opcode;
+	p->len = 1;
+#ifdef CONFIG_OPTPROBES
+	if (kprobe_optimized(kp)) {
+		struct optimized_kprobe *op = container_of(kp, struct optimized_kprobe, kp);
+
+		memcpy(p->original + 1, op->optinsn.copied_insn, DISP32_SIZE);
+		p->len = 1 + DISP32_SIZE;
+	}
+#endif
+}
+
+#define KW_KPROBE_BUCKETS 64 /* KPROBE_TABLE_SIZE, private to kernel/kprobes.c */
+
+int kw_kprobes(struct kw_out *out)
+{
+	struct kw_patched *p;
+	struct kprobe *kp;
+	size_t n = 0;
+	int i;
+
+	mutex_lock(kw_syms.kprobe_mutex);
+	for (i = 0; i < KW_KPROBE_BUCKETS; i++)
+		hlist_for_each_entry(kp, &kw_syms.kprobe_table[i], hlist)
+			n++;
+	p = kw_reserve(out, n * sizeof(*p));
+	for (i = 0; p && i < KW_KPROBE_BUCKETS; i++)
+		hlist_for_each_entry(kp, &kw_syms.kprobe_table[i], hlist)
+			kw_fill_kprobe(p++, kp);
+	mutex_unlock(kw_syms.kprobe_mutex);
+	return p ? 0 : -ENOSPC;
+}
+
+int kw_ftrace_records(struct kw_out *out)
+{
+	struct ftrace_rec_iter *it;
+	struct kw_record *r;
+	size_t n = 0;
+
+	if (!kw_syms.rec_start || !kw_syms.rec_next || !kw_syms.rec_record || !kw_syms.ftrace_lock)
+		return kw_reserve(out, 0) ? 0 : -ENOSPC;
+	mutex_lock(kw_syms.ftrace_lock);
+	for (it = kw_syms.rec_start(); it; it = kw_syms.rec_next(it))
+		n++;
+	r = kw_reserve(out, n * sizeof(*r));
+	for (it = kw_syms.rec_start(); r && it; it = kw_syms.rec_next(it)) {
+		struct dyn_ftrace *rec = kw_syms.rec_record(it);
+
+		*r++ = (struct kw_record){ rec->ip, rec->flags };
+	}
+	mutex_unlock(kw_syms.ftrace_lock);
+	return r ? 0 : -ENOSPC;
+}
+
+static bool kw_is_ours(u8 state)
+{
+	return state == KW_PLACED || state == KW_STUCK;
+}
+
+int kw_placed(struct kw_out *out)
+{
+	struct kw_patched *p;
+	struct kw_txn *t;
+	size_t n = 0;
+	u32 i;
+
+	mutex_lock(kw_syms.text_mutex);
+	list_for_each_entry(t, &kw_txns, global)
+		for (i = 0; i < t->count; i++)
+			n += kw_is_ours(t->states[i]);
+	p = kw_reserve(out, n * sizeof(*p));
+	if (p) {
+		list_for_each_entry(t, &kw_txns, global)
+			for (i = 0; i < t->count; i++) {
+				if (!kw_is_ours(t->states[i]))
+					continue;
+				memset(p, 0, sizeof(*p));
+				p->addr = t->pokes[i].addr;
+				p->len = t->pokes[i].len;
+				p->pinned = t->pinned;
+				memcpy(p->original, t->pokes[i].old, KW_POKE_BYTES);
+				p++;
+			}
+	}
+	mutex_unlock(kw_syms.text_mutex);
+	return p ? 0 : -ENOSPC;
+}

@@ -1,0 +1,182 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+#define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
+/*
+ * Undo: restore text, compare, and pin what somebody else has armed.
+ *
+ * A site whose bytes are not ours any more (a kprobe on our jump, say) cannot
+ * be restored without breaking the other side.  Its transaction, its area and
+ * this kmod stay until a worker finds our bytes again.
+ */
+#include <linux/slab.h>
+#include <linux/workqueue.h>
+
+#include "kw.h"
+
+LIST_HEAD(kw_txns);
+LIST_HEAD(kw_pinned);
+
+#define KW_RETRY_JIFFIES (HZ / 2)
+
+struct kw_txn *kw_txn_find(struct kw_session *s, u64 id)
+{
+	struct kw_txn *t;
+
+	list_for_each_entry(t, &s->txns, link)
+		if (t->id == id)
+			return t;
+	return NULL;
+}
+
+void kw_txn_free(struct kw_txn *t)
+{
+	u32 i;
+
+	if (!list_empty(&t->global)) {
+		mutex_lock(kw_syms.text_mutex);
+		list_del(&t->global);
+		mutex_unlock(kw_syms.text_mutex);
+	}
+	list_del(&t->link);
+	for (i = 0; i < t->nr_mods; i++)
+		module_put(t->mods[i]);
+	kfree(t->mods);
+	kvfree(t->states);
+	kvfree(t->pokes);
+	kfree(t);
+}
+
+static void kw_sum_states(struct kw_txn *t, struct kw_undone *sum)
+{
+	u32 i;
+
+	for (i = 0; i < t->count; i++) {
+		sum->restored += t->states[i] == KW_RESTORED;
+		sum->evicted += t->states[i] == KW_EVICTED;
+		sum->stuck += t->states[i] == KW_STUCK;
+	}
+}
+
+/* Idempotent; called with kw_lock held.  The area is released with the last site. */
+void kw_undo_all(struct kw_txn *t, struct kw_undone *sum)
+{
+	u32 from, to;
+
+	for (from = 0; from < t->count; from = to) {
+		to = min(from + KW_BATCH, t->count);
+		mutex_lock(kw_syms.text_mutex);
+		kw_text_restore(t, from, to);
+		mutex_unlock(kw_syms.text_mutex);
+		cond_resched();
+	}
+	kw_sum_states(t, sum);
+	if (!sum->stuck && t->code) {
+		kw_area_unreachable(t->code);
+		t->code = NULL;
+	}
+}
+
+int kw_undo(struct kw_session *s, const struct kw_size *req, struct kw_out *out)
+{
+	struct kw_txn *t = kw_txn_find(s, req->value);
+	struct kw_undone sum = {};
+	struct kw_undone *rep;
+	u64 *addr;
+	u32 i;
+
+	if (!t)
+		return -ENOENT;
+	kw_undo_all(t, &sum);
+	rep = kw_reserve(out, sizeof(*rep) + sum.stuck * sizeof(*addr));
+	if (!rep)
+		return -ENOSPC;
+	*rep = sum;
+	addr = (u64 *)(rep + 1);
+	for (i = 0; i < t->count; i++)
+		if (t->states[i] == KW_STUCK)
+			*addr++ = t->pokes[i].addr;
+	return 0;
+}
+
+int kw_forget(struct kw_session *s, const struct kw_size *req)
+{
+	struct kw_txn *t = kw_txn_find(s, req->value);
+
+	if (!t)
+		return -ENOENT;
+	if (t->code)
+		return -EBUSY;
+	kw_txn_free(t);
+	return 0;
+}
+
+static void kw_retry(struct work_struct *work);
+static DECLARE_DELAYED_WORK(kw_retrier, kw_retry);
+
+static void kw_report_stuck(struct kw_txn *t)
+{
+	u32 i;
+
+	for (i = 0; i < t->count; i++)
+		if (t->states[i] == KW_STUCK) {
+			pr_info("%pS is armed by somebody else, restored when they leave\n",
+				(void *)t->pokes[i].addr);
+			return;
+		}
+}
+
+/* The session is gone: keep the transaction, its area and this kmod. */
+static void kw_pin(struct kw_txn *t)
+{
+	kw_report_stuck(t);
+	__module_get(THIS_MODULE);
+	t->pinned = true;
+	list_move(&t->link, &kw_pinned);
+	schedule_delayed_work(&kw_retrier, KW_RETRY_JIFFIES);
+}
+
+static void kw_retry(struct work_struct *work)
+{
+	struct kw_txn *t, *next;
+
+	mutex_lock(&kw_lock);
+	list_for_each_entry_safe(t, next, &kw_pinned, link) {
+		struct kw_undone sum = {};
+		struct kw_code *code = t->code;
+
+		kw_undo_all(t, &sum);
+		if (sum.stuck)
+			continue;
+		kw_txn_free(t);
+		kw_area_retire(code);
+		module_put(THIS_MODULE);
+	}
+	if (!list_empty(&kw_pinned))
+		schedule_delayed_work(&kw_retrier, KW_RETRY_JIFFIES);
+	mutex_unlock(&kw_lock);
+}
+
+/* Called with kw_lock held when a session ends, however it ends; never waits for a grace period. */
+void kw_undo_session(struct kw_session *s)
+{
+	struct kw_txn *t, *next;
+	struct kw_code *code, *more;
+
+	list_for_each_entry_safe_reverse(t, next, &s->txns, link) {
+		struct kw_undone sum = {};
+
+		if (t->code)
+			kw_undo_all(t, &sum);
+		if (sum.stuck)
+			kw_pin(t);
+		else
+			kw_txn_free(t);
+	}
+	list_for_each_entry_safe(code, more, &s->areas, link)
+		kw_area_retire(code);
+}
+
+void kw_undo_exit(void)
+{
+	cancel_delayed_work_sync(&kw_retrier);
+	WARN_ON(!list_empty(&kw_pinned));
+}
