@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Instructions and blocks of chosen functions, as columns over all of them at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from kernweave.image.sites import Sites, contains
+from kernweave.x86.decode import Decoded, Flow, Trait, decode
+
+Mask = npt.NDArray[np.bool_]
+_ENDS_FLOW = (Flow.JUMP, Flow.RETURN, Flow.INDIRECT_JUMP, Flow.LEAVE)
+_ENDS_BLOCK = (*_ENDS_FLOW, Flow.BRANCH)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A function's stretch of text: the function itself or its `.cold` part.
+
+    Attributes:
+        name: as printed, with kmod and number where they are needed.
+        symbol: plain symbol name.
+        kmod: kmod's name, None for the kernel.
+        start: run-time address of the symbol.
+        code: its bytes up to the next symbol, as the kernel wrote them.
+        group: start of the function it belongs to; equal for a function and its cold parts.
+        is_c: compiled with an ftrace site, so the C calling convention holds for it.
+    """
+
+    name: str
+    symbol: str
+    kmod: str | None
+    start: int
+    code: bytes
+    group: int
+    is_c: bool
+
+    @property
+    def end(self) -> int:
+        """Address after the last byte."""
+        return self.start + len(self.code)
+
+
+@dataclass(frozen=True)
+class Code:
+    """Instructions of some parts, padding left out, ordered by (part, address).
+
+    Attributes:
+        parts: what `part` counts.
+        part: int32[n], row in `parts`.
+        addr: uint64[n], run-time address.
+        length: uint8[n], bytes.
+        flow: uint8[n], `Flow`.
+        trait: uint16[n], `Trait`.
+        reads: uint32[n], mask of registers and flags read.
+        writes: uint32[n], mask of registers and flags overwritten.
+        target: uint64[n], direct branch or call target, else 0.
+        leader: bool[n], first instruction of a block.
+        room: uint8[n], bytes up to the next instruction or branch target: `length`, and the
+            dead padding that follows it.
+        return_thunks: addresses to which a jump is a return.
+    """
+
+    parts: tuple[Part, ...]
+    part: npt.NDArray[np.int32]
+    addr: npt.NDArray[np.uint64]
+    length: npt.NDArray[np.uint8]
+    flow: npt.NDArray[np.uint8]
+    trait: npt.NDArray[np.uint16]
+    reads: npt.NDArray[np.uint32]
+    writes: npt.NDArray[np.uint32]
+    target: npt.NDArray[np.uint64]
+    leader: Mask
+    room: npt.NDArray[np.uint8]
+    return_thunks: npt.NDArray[np.uint64]
+
+    def rows_at(self, addrs: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+        """int64[m]: row of the instruction that starts at each address, -1 if none does."""
+        order = np.argsort(self.addr, kind="stable")
+        ordered = self.addr[order]
+        if not len(order):
+            return np.full(len(addrs), -1)
+        at = np.minimum(np.searchsorted(ordered, addrs), len(order) - 1)
+        return np.where(ordered[at] == addrs, order[at], -1)
+
+    def raw(self, row: int) -> bytes:
+        """The bytes of one instruction."""
+        part = self.parts[int(self.part[row])]
+        at = int(self.addr[row]) - part.start
+        return part.code[at : at + int(self.length[row])]
+
+
+def build_code(parts: Sequence[Part], sites: Sites) -> Code:
+    """Decode parts, find their blocks, leave their padding out."""
+    columns = decode((part.start, part.code) for part in parts)
+    part, addr = columns.stretch, columns.addr
+    targeted = contains(_targets(columns, sites), addr)
+    first = np.ones(len(part), bool)
+    first[1:] = part[1:] != part[:-1]
+    keep = ~_padding(columns, targeted, first)
+    leader = _leaders(columns, targeted | first, keep, sites)
+    rows = np.flatnonzero(keep)
+    return Code(
+        parts=tuple(parts),
+        part=part[rows],
+        addr=addr[rows],
+        length=columns.length[rows],
+        flow=columns.flow[rows],
+        trait=columns.trait[rows],
+        reads=columns.reads[rows],
+        writes=columns.writes[rows],
+        target=columns.target[rows],
+        leader=leader[rows],
+        room=_room(addr, part, rows, parts),
+        return_thunks=sites.return_thunks,
+    )
+
+
+def _targets(columns: Decoded, sites: Sites) -> npt.NDArray[np.uint64]:
+    """Every address a branch, a jump label or a fault may lead to, ascending."""
+    jumps = np.isin(columns.flow, (Flow.JUMP, Flow.BRANCH))
+    found = (columns.target[jumps], sites.jump_targets, sites.fixups)
+    return np.unique(np.concatenate(found))
+
+
+def _padding(columns: Decoded, targeted: Mask, first: Mask) -> Mask:
+    """Filler that control never reaches: int3, and nops behind the end of a flow."""
+    filler = ((columns.trait & (Trait.NOP | Trait.INT3)) != 0) & ~targeted & ~first
+    opens = filler.copy()
+    opens[1:] &= ~filler[:-1]
+    starts = np.flatnonzero(opens)
+    if not len(starts):
+        return filler
+    run = np.cumsum(opens) - 1
+    ended = np.isin(columns.flow[starts - 1], _ENDS_FLOW)
+    closes = np.flatnonzero(filler & np.append(~filler[1:], True))
+    last = np.append(first[1:], True)[closes]
+    dead_run = ended | last
+    int3: Mask = (columns.trait & Trait.INT3) != 0
+    return np.asarray(filler & (int3 | dead_run[np.maximum(run, 0)]))
+
+
+def _leaders(columns: Decoded, starts: Mask, keep: Mask, sites: Sites) -> Mask:
+    ends = np.isin(columns.flow, _ENDS_BLOCK) | contains(sites.jump_labels, columns.addr)
+    after = np.zeros(len(ends), bool)
+    after[1:] = ends[:-1]
+    # padding between a jump and its successor does not hide the leader
+    rows = np.flatnonzero(keep)
+    gap = np.zeros(len(ends), bool)
+    gap[rows[1:]] = np.diff(rows) > 1
+    return np.asarray((starts | after | gap) & keep)
+
+
+def _room(
+    addr: npt.NDArray[np.uint64],
+    part: npt.NDArray[np.int32],
+    rows: npt.NDArray[np.int64],
+    parts: Sequence[Part],
+) -> npt.NDArray[np.uint8]:
+    ends = np.array([one.end for one in parts], np.uint64)
+    following = np.append(addr[rows[1:]], np.uint64(0))
+    same = np.append(part[rows[1:]] == part[rows[:-1]], False)
+    until = np.where(same, following, ends[part[rows]]) if len(rows) else following[:0]
+    return np.minimum(until - addr[rows], 255).astype(np.uint8)

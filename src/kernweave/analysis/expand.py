@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Which instructions of the decoded functions a selector means."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from kernweave.analysis.code import Code
+from kernweave.model.point import Selector
+from kernweave.x86.decode import Flow, Trait
+
+Mask = npt.NDArray[np.bool_]
+Rows = npt.NDArray[np.int64]
+
+
+def entry_row(code: Code, part: int) -> int:
+    """Row where calls of a part arrive: its first instruction after endbr64, -1 if it has none."""
+    rows = np.flatnonzero(code.part == part)
+    if not len(rows):
+        return -1
+    first = int(rows[0])
+    if code.trait[first] & Trait.ENDBR and len(rows) > 1:
+        return first + 1
+    return first
+
+
+def select_rows(code: Code, parts: list[int], selector: Selector) -> Rows:
+    """Rows of the points that `selector` means in `parts`, ascending by row."""
+    if selector is Selector.ENTRY:
+        found = [entry_row(code, part) for part in parts]
+        return np.array([row for row in found if row >= 0], np.int64)
+    inside = np.isin(code.part, parts)
+    return np.flatnonzero(inside & _SELECT[selector](code))
+
+
+def _insns(code: Code) -> Mask:
+    return np.ones(len(code.addr), bool)
+
+
+def _blocks(code: Code) -> Mask:
+    return code.leader
+
+
+def _leaves(code: Code) -> Mask:
+    """Unconditional jumps out of the function: to another one, or to nobody knows where.
+
+    A jump to the own start is a loop: it stays.
+    """
+    starts = np.array([part.start for part in code.parts], np.uint64)
+    ends = np.array([part.end for part in code.parts], np.uint64)
+    groups = np.array([part.group for part in code.parts], np.uint64)
+    order = np.argsort(starts)
+    row = np.searchsorted(starts[order], code.target, side="right") - 1
+    home = order[np.maximum(row, 0)]
+    stays = (row >= 0) & (code.target < ends[home]) & (groups[home] == groups[code.part])
+    jumps = (code.flow == Flow.JUMP) & ~stays
+    return np.asarray(jumps | (code.flow == Flow.INDIRECT_JUMP))
+
+
+def _returns(code: Code) -> Mask:
+    return np.asarray((code.flow == Flow.RETURN) | _leaves(code))
+
+
+def _calls(code: Code) -> Mask:
+    calls = np.isin(code.flow, (Flow.CALL, Flow.INDIRECT_CALL))
+    return np.asarray(calls | (_leaves(code) & ~_is_return_thunk(code)))
+
+
+def _is_return_thunk(code: Code) -> Mask:
+    return np.isin(code.target, code.return_thunks)
+
+
+_SELECT = {
+    Selector.INSNS: _insns,
+    Selector.BLOCKS: _blocks,
+    Selector.RETURN: _returns,
+    Selector.CALLS: _calls,
+}

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Places in the text that must be left alone, as ranges and addresses, each with its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from kernweave.errors import Reason
+
+Read = Callable[[int, int], bytes]
+Addrs = npt.NDArray[np.uint64]
+
+#: (symbol of the first byte, symbol after the last byte, reason)
+TEXT_RANGES = (
+    ("__noinstr_text_start", "__noinstr_text_end", Reason.NOINSTR),
+    ("__entry_text_start", "__entry_text_end", Reason.NOINSTR),
+    ("__kprobes_text_start", "__kprobes_text_end", Reason.DENYLIST),
+    ("__indirect_thunk_start", "__indirect_thunk_end", Reason.DENYLIST),
+    ("__static_call_text_start", "__static_call_text_end", Reason.STATIC_CALL),
+)
+
+RETURN_THUNKS = (
+    "__x86_return_thunk", "zen_untrain_ret", "srso_return_thunk", "srso_alias_return_thunk",
+    "retbleed_return_thunk", "its_return_thunk", "call_depth_return_thunk",
+)  # fmt: skip
+
+#: functions that are copied elsewhere, patched by others, or run without their per-CPU data
+DENIED_NAMES = (
+    "__fentry__", "ftrace_caller", "ftrace_caller_op_ptr", "ftrace_call", "ftrace_caller_end",
+    "ftrace_regs_caller", "ftrace_regs_caller_op_ptr", "ftrace_regs_call",
+    "ftrace_regs_caller_jmp", "ftrace_regs_caller_end", "ftrace_epilogue", "ftrace_stub",
+    "ftrace_stub_direct_tramp", "ftrace_graph_caller", "return_to_handler",
+    "arch_rethook_trampoline", "__kretprobe_trampoline", "relocate_kernel", "identity_mapped",
+    "virtual_mapped", "swap_pages", "__restore_processor_state", "restore_processor_state",
+    "load_percpu_segment", "native_load_gs_index", "asm_load_gs_index", "machine_kexec",
+    "secondary_startup_64", "secondary_startup_64_no_verify", "start_secondary",
+    "startup_64", "__startup_64", "x86_64_start_kernel", "xen_hypercall_page",
+    "hypercall_page", "wakeup_long64", "do_suspend_lowlevel",
+)  # fmt: skip
+
+#: the same, by the beginning of their names
+DENIED_PREFIXES = ("bpf_dispatcher_", "optprobe_template_", "xen_hypercall_")
+
+#: (symbol of the first row, symbol after the last row), both of the kernel image
+TABLES = {
+    "jump_labels": ("__start___jump_table", "__stop___jump_table"),
+    "static_calls": ("__start_static_call_sites", "__stop_static_call_sites"),
+    "exceptions": ("__start___ex_table", "__stop___ex_table"),
+    "bugs": ("__start___bug_table", "__stop___bug_table"),
+}
+
+#: bytes of one row; the driver reports the kernel's own sizes, which must agree
+ROW_BYTES = {"jump_labels": 16, "static_calls": 8, "exceptions": 12, "bugs": 12}
+
+_NONE: Addrs = np.zeros(0, np.uint64)
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """Half-open address ranges of one reason: uint64[n] starts (ascending) and ends."""
+
+    reason: Reason
+    starts: Addrs
+    ends: Addrs
+
+    def overlap(self, starts: Addrs, ends: Addrs) -> npt.NDArray[np.bool_]:
+        """bool[m]: which of the half-open ranges [starts, ends) touch one of these."""
+        if not len(self.starts):
+            return np.zeros(len(starts), bool)
+        reach = np.maximum.accumulate(self.ends)
+        row = np.searchsorted(self.starts, ends, side="left") - 1
+        return (row >= 0) & (reach[np.maximum(row, 0)] > starts)
+
+
+@dataclass(frozen=True)
+class Sites:
+    """The kernel's own tables about its text; run-time addresses, each array ascending.
+
+    Attributes:
+        ranges: stretches in which no point may be placed.
+        jump_labels: address of each jump-label instruction.
+        jump_targets: where it leads when it is a jump, in the same order.
+        static_calls: address of each static-call instruction.
+        exceptions: address of each instruction with a fix-up.
+        fixups: where it continues after a fault, in the same order.
+        bugs: address of each `ud2` with a bug-table entry.
+        ftrace: address of each ftrace site.
+        ftrace_busy: those that are not a nop at the moment.
+        return_thunks: functions that a `jmp` stands for `ret` to.
+    """
+
+    ranges: tuple[Ranges, ...] = ()
+    jump_labels: Addrs = field(default_factory=lambda: _NONE)
+    jump_targets: Addrs = field(default_factory=lambda: _NONE)
+    static_calls: Addrs = field(default_factory=lambda: _NONE)
+    exceptions: Addrs = field(default_factory=lambda: _NONE)
+    fixups: Addrs = field(default_factory=lambda: _NONE)
+    bugs: Addrs = field(default_factory=lambda: _NONE)
+    ftrace: Addrs = field(default_factory=lambda: _NONE)
+    ftrace_busy: Addrs = field(default_factory=lambda: _NONE)
+    return_thunks: Addrs = field(default_factory=lambda: _NONE)
+
+
+def make_ranges(reason: Reason, starts: Addrs, ends: Addrs) -> Ranges:
+    """Sort ranges by their start; they may overlap."""
+    order = np.argsort(starts, kind="stable")
+    return Ranges(reason, starts[order].astype(np.uint64), ends[order].astype(np.uint64))
+
+
+def contains(table: Addrs, addrs: Addrs) -> npt.NDArray[np.bool_]:
+    """bool[m]: which addresses are in an ascending table."""
+    if not len(table):
+        return np.zeros(len(addrs), bool)
+    row = np.minimum(np.searchsorted(table, addrs), len(table) - 1)
+    return np.asarray(table[row] == addrs)
+
+
+def _relative(data: bytes, base: int, stride: int, off: int) -> Addrs:
+    """Column of self-relative 32-bit fields at byte `off` of every row."""
+    rows = np.frombuffer(data, "<i4").reshape(-1, stride // 4)
+    place = base + off + stride * np.arange(len(rows), dtype=np.int64).astype(np.uint64)
+    return (place + rows[:, off // 4].astype(np.int64).view(np.uint64)).astype(np.uint64)
+
+
+def _sorted_pair(keys: Addrs, values: Addrs) -> tuple[Addrs, Addrs]:
+    order = np.argsort(keys, kind="stable")
+    return keys[order], values[order]
+
+
+@dataclass(frozen=True, slots=True)
+class TableSpans:
+    """(start, end) addresses of one image's tables, by the names of `TABLES`."""
+
+    spans: dict[str, tuple[int, int]]
+
+
+def _column(read: Read, spans: TableSpans, name: str, off: int) -> Addrs:
+    start, end = spans.spans.get(name, (0, 0))
+    if end <= start:
+        return _NONE
+    return _relative(read(start, end - start), start, ROW_BYTES[name], off)
+
+
+def read_sites(
+    read: Read,
+    images: Sequence[TableSpans],
+    ranges: Sequence[Ranges],
+    ftrace: tuple[Addrs, Addrs],
+    return_thunks: Addrs,
+) -> Sites:
+    """Read the tables of the kernel and of every kmod into one set of columns.
+
+    Args:
+        read: kernel memory.
+        images: where each image has its tables.
+        ranges: denylist, noinstr text and sites in use.
+        ftrace: addresses of all ftrace sites, and of those in use.
+        return_thunks: addresses of the return thunks.
+    """
+
+    def column(name: str, off: int) -> Addrs:
+        parts = [_column(read, spans, name, off) for spans in images]
+        return np.concatenate(parts) if parts else _NONE
+
+    jump_labels, jump_targets = _sorted_pair(column("jump_labels", 0), column("jump_labels", 4))
+    exceptions, fixups = _sorted_pair(column("exceptions", 0), column("exceptions", 4))
+    return Sites(
+        ranges=tuple(ranges),
+        jump_labels=jump_labels,
+        jump_targets=jump_targets,
+        static_calls=np.sort(column("static_calls", 0)),
+        exceptions=exceptions,
+        fixups=fixups,
+        bugs=np.sort(column("bugs", 0)),
+        ftrace=np.sort(ftrace[0]),
+        ftrace_busy=np.sort(ftrace[1]),
+        return_thunks=np.sort(return_thunks),
+    )

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Counters that are in the kernel: read them, take them out, tell what they counted."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter as Tally
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from kernweave.driver.client import Area, Chunk, Driver
+from kernweave.driver.uapi import State
+from kernweave.model.plan import Plan, Point, Refused
+
+COUNT_SCHEMA = "kernweave.count/1"
+
+
+@dataclass(frozen=True, slots=True)
+class Count:
+    """One placed point and its hits: the fields of kernweave.count/1."""
+
+    schema: str
+    point: str
+    kmod: str | None
+    function: str
+    offset: int
+    addr: str
+    to_addr: str | None
+    kind: str
+    hits: int
+    missed: int
+    exact: bool
+    engine: str
+    tactic: str
+
+
+@dataclass(frozen=True)
+class Placed:
+    """What is in the kernel: everything an attachment needs to be taken out again.
+
+    Attributes:
+        points: placed points, in the order asked for.
+        site: int64[m], row of `plan` that each point has.
+        plan: as it was committed.
+        area: where the trampolines are.
+        chunks: the counters, in order, and the bytes in use of each.
+        txn: the driver's transaction.
+    """
+
+    points: tuple[Point, ...]
+    site: npt.NDArray[np.int64]
+    plan: Plan
+    area: Area
+    chunks: tuple[tuple[Chunk, int], ...]
+    txn: int
+
+
+class Attachment:
+    """Counters of one `Session.count`; leaving its with block takes them out."""
+
+    def __init__(self, driver: Driver, placed: Placed, refused: tuple[Refused, ...]) -> None:
+        """Take over what was committed; made by `Session.count`."""
+        self._driver = driver
+        self._inside = placed
+        self.refused = refused
+        self._began_ns = time.monotonic_ns()
+        self._duration_ns: int | None = None
+        self._hits: npt.NDArray[np.uint64] | None = None
+        self._evicted = np.zeros(len(placed.plan.addr), bool)
+        self.unrestored: tuple[int, ...] = ()
+        self.text_restored = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.detach()
+
+    @property
+    def placed(self) -> tuple[Point, ...]:
+        """Points that are counted, in the order asked for."""
+        return self._inside.points
+
+    @property
+    def plan(self) -> Plan:
+        """What was written into the kernel."""
+        return self._inside.plan
+
+    @property
+    def attached(self) -> bool:
+        """Whether the counters are still in the kernel."""
+        return self._hits is None
+
+    @property
+    def duration_ns(self) -> int:
+        """Nanoseconds from the end of commit to the start of detach, or until now."""
+        if self._duration_ns is not None:
+            return self._duration_ns
+        return time.monotonic_ns() - self._began_ns
+
+    @property
+    def evicted(self) -> int:
+        """Sites given back to ftrace while they were counted."""
+        return int(self._evicted.sum())
+
+    def tactics(self) -> dict[str, int]:
+        """Number of points per tactic, the most frequent first."""
+        used = Tally(self.plan.tactic[row].value for row in self._inside.site)
+        return dict(used.most_common())
+
+    def detach(self) -> None:
+        """Restore the text, wait until nobody is in a trampoline, read the final counts.
+
+        Idempotent.  What somebody else has armed meanwhile stays and is listed in `unrestored`.
+        """
+        if self._hits is not None:
+            return
+        self._duration_ns = self.duration_ns
+        driver, inside = self._driver, self._inside
+        undone = driver.undo(inside.txn)
+        self.unrestored = undone.stuck_addrs
+        self.text_restored = not undone.stuck
+        self._evicted = driver.states(inside.txn) == State.EVICTED
+        driver.quiesce()
+        self._hits = self._read()
+        if not undone.stuck:
+            driver.free(inside.area)
+            driver.forget(inside.txn)
+
+    def _read(self) -> npt.NDArray[np.uint64]:
+        """uint64[n]: hits per site, summed over all possible CPUs."""
+        driver, inside = self._driver, self._inside
+        parts = [
+            driver.counters(inside.area, chunk, size).sum(axis=0, dtype=np.uint64)
+            for chunk, size in inside.chunks
+        ]
+        return np.concatenate(parts)
+
+    def hits(self) -> npt.NDArray[np.uint64]:
+        """uint64[m]: hits of each placed point; still rising while attached."""
+        per_site = self._read() if self._hits is None else self._hits
+        return np.asarray(per_site[self.plan.counter[self._inside.site]])
+
+    def exact(self) -> npt.NDArray[np.bool_]:
+        """bool[m]: whether each count is final and complete."""
+        final = self._hits is not None
+        return np.asarray(final & ~self._evicted[self._inside.site])
+
+    def rows(self) -> list[Count]:
+        """One `Count` per placed point, in the order asked for."""
+        site, plan = self._inside.site, self.plan
+        return [
+            Count(
+                schema=COUNT_SCHEMA,
+                point=point.text,
+                kmod=point.kmod,
+                function=point.function,
+                offset=point.offset,
+                addr=f"{point.addr:#x}",
+                to_addr=None,
+                kind=point.kind.value,
+                hits=hits,
+                missed=0,
+                exact=exact,
+                engine="splice",
+                tactic=plan.tactic[row].value,
+            )
+            for point, row, hits, exact in zip(
+                self.placed, site.tolist(), self.hits().tolist(), self.exact().tolist(), strict=True
+            )
+        ]
+
+    def columns(self) -> dict[str, npt.NDArray[Any]]:
+        """The same as one numpy array per field; strings are objects."""
+        rows = self.rows()
+        numbers = {"offset": np.int64, "hits": np.uint64, "missed": np.uint64, "exact": np.bool_}
+        return {
+            name: np.array([getattr(row, name) for row in rows], numbers.get(name, object))
+            for name in Count.__slots__
+            if name != "schema"
+        }
+
+    def _repr_html_(self) -> str:
+        body = "".join(
+            f"<tr><td>{row.hits:,}</td><td>{row.point}</td><td>{row.tactic}</td></tr>"
+            for row in sorted(self.rows(), key=lambda row: -row.hits)[:30]
+        )
+        return f"<table><tr><th>hits</th><th>point</th><th>tactic</th></tr>{body}</table>"

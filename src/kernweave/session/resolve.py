@@ -1,0 +1,301 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Points as the user wrote them to rows of decoded code."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from kernweave.analysis.code import Code, Part, build_code
+from kernweave.analysis.expand import entry_row, select_rows
+from kernweave.errors import Reason
+from kernweave.image.sites import contains
+from kernweave.image.symbols import Symbols
+from kernweave.model.plan import Point, Refused
+from kernweave.model.point import KIND_OF, Kind, PointSpec, Selector, format_point
+from kernweave.session.view import KernelView
+
+_ENDBR_BYTES = 4
+_NOP_BYTES = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """A function part that a point names: image, symbol, printed name, [start, end)."""
+
+    image: Symbols
+    symbol: str
+    printed: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """What was asked for, as rows of `code`.
+
+    Attributes:
+        code: the functions concerned.
+        points: m points, in the order asked for, each address and kind once.
+        rows: int64[m], row of each point.
+        explicit: m flags: named one by one, so that a refusal is an error.
+        refused: points that are not in the code at all.
+        refused_explicit: how many of `refused` were named one by one.
+    """
+
+    code: Code
+    points: tuple[Point, ...]
+    rows: npt.NDArray[np.int64]
+    explicit: tuple[bool, ...]
+    refused: tuple[Refused, ...]
+    refused_explicit: int
+
+
+class Resolver:
+    """Looks names up and decodes what they mean, for one request."""
+
+    def __init__(self, view: KernelView) -> None:
+        """Start a request on the view as it is now."""
+        self._view = view
+        self._full: dict[int, Named] = {}  # parts to decode whole, by start
+        self._entry: dict[int, Named] = {}  # parts of which only the entry is wanted
+        self._cold: dict[int, list[Named]] = {}
+        self._printed: dict[str, Counter[int]] = {}
+        self._refused: list[Refused] = []
+        self._refused_explicit = 0
+
+    def resolve(self, specs: Sequence[PointSpec]) -> Resolved:
+        """Expand `specs`; what cannot be found is refused, not raised."""
+        wanted = [(spec, self._find(spec)) for spec in specs]
+        for spec, named in wanted:
+            for one in named:
+                self._want(spec, one)
+        code = self._decode()
+        rows: dict[tuple[int, Kind], int] = {}
+        points: list[Point] = []
+        explicit: list[bool] = []
+        for point, row, is_explicit in self._expand(wanted, code):
+            known = rows.setdefault((point.addr, point.kind), len(points))
+            if known == len(points):
+                points.append(point)
+                explicit.append(is_explicit)
+                rows[point.addr, point.kind] = known
+                self._rows.append(row)
+        return Resolved(
+            code,
+            tuple(points),
+            np.array(self._rows, np.int64),
+            tuple(explicit),
+            tuple(self._refused),
+            self._refused_explicit,
+        )
+
+    # ---- names ---------------------------------------------------------------------------------
+
+    def _images(self, kmod: str | None) -> list[Symbols]:
+        if kmod is None:
+            return self._view.images
+        return [image for image in self._view.images if (image.kmod or "vmlinux") == kmod]
+
+    def _find(self, spec: PointSpec) -> list[Named]:
+        if spec.addr is not None:
+            return self._find_addr(spec)
+        if spec.is_glob:
+            return self._find_glob(spec)
+        return self._find_name(spec)
+
+    def _find_addr(self, spec: PointSpec) -> list[Named]:
+        assert spec.addr is not None
+        for image in self._view.images:
+            bounds = image.bounds(spec.addr) if len(image.addr) else None
+            if bounds:
+                return [self._name(image, image.name_at[bounds[0]], bounds[0])]
+        self._refuse(spec, Reason.NO_SUCH_NAME, f"{spec.text} is not in kernel text")
+        return []
+
+    def _find_glob(self, spec: PointSpec) -> list[Named]:
+        found = [
+            self._name(image, name, addr)
+            for image in self._images(spec.kmod)
+            for name, addr in image.match(spec.function)
+        ]
+        if not found:
+            self._refuse(spec, Reason.NO_SUCH_NAME, f"no function matches {spec.function}")
+        return found
+
+    def _find_name(self, spec: PointSpec) -> list[Named]:
+        images = self._images(spec.kmod)
+        found = sorted(
+            ((addr, image) for image in images for addr in image.find(spec.function)),
+            key=lambda pair: pair[0],
+        )
+        if not found:
+            near = [name for image in images for name in image.near(spec.function)][:3]
+            hint = f"; near: {', '.join(near)}" if near else ""
+            where = f" in {spec.kmod}" if spec.kmod else ""
+            self._refuse(spec, Reason.NO_SUCH_NAME, f"no function {spec.function}{where}{hint}")
+            return []
+        if spec.number is None and len(found) > 1:
+            names = ", ".join(f"{spec.function}#{i + 1}" for i in range(len(found)))
+            self._refuse(spec, Reason.AMBIGUOUS, f"{len(found)} functions: {names}")
+            return []
+        if (spec.number or 1) > len(found):
+            self._refuse(spec, Reason.NO_SUCH_NAME, f"{spec.function} has {len(found)} addresses")
+            return []
+        addr, image = found[(spec.number or 1) - 1]
+        return [self._name(image, spec.function, addr)]
+
+    def _name(self, image: Symbols, symbol: str, addr: int) -> Named:
+        """How a part is printed: so that it means the same when typed."""
+        bounds = image.bounds(addr)
+        assert bounds is not None
+        if image.kmod:
+            addrs, prefix = image.find(symbol), f"{image.kmod}:"
+        else:
+            addrs = [other for one in self._view.images for other in one.find(symbol)]
+            prefix = ""
+        number = f"#{sorted(addrs).index(addr) + 1}" if len(addrs) > 1 else ""
+        return Named(image, symbol, f"{prefix}{symbol}{number}", addr, bounds[1])
+
+    def _refuse(self, spec: PointSpec, reason: Reason, detail: str) -> None:
+        self._refused.append(Refused(spec.text, reason, detail))
+        single = spec.is_glob or reason in (Reason.NO_SUCH_NAME, Reason.AMBIGUOUS)
+        self._refused_explicit += single or spec.is_explicit
+
+    # ---- code ----------------------------------------------------------------------------------
+
+    def _want(self, spec: PointSpec, named: Named) -> None:
+        only_entry = spec.selector is Selector.ENTRY and spec.offset is None and spec.addr is None
+        if only_entry:
+            self._entry[named.start] = named
+            return
+        self._full[named.start] = named
+        if spec.offset is None and spec.addr is None and named.start not in self._cold:
+            self._cold[named.start] = self._cold_parts(named)
+            for cold in self._cold[named.start]:
+                self._full[cold.start] = cold
+
+    def _cold_parts(self, named: Named) -> list[Named]:
+        """The `.cold` parts of a function; of several of one name those it jumps to."""
+        symbol = f"{named.symbol}.cold"
+        addrs = named.image.find(symbol)
+        if not addrs:
+            return []
+        if len(addrs) > 1 or len(named.image.find(named.symbol)) > 1:
+            code = build_code([self._part(named, self._text([named])[0])], self._view.sites)
+            addrs = [
+                addr
+                for addr in addrs
+                if ((code.target >= addr) & (code.target < _end(named.image, addr))).any()
+            ]
+        return [self._name(named.image, symbol, addr) for addr in addrs]
+
+    def _text(self, parts: Sequence[Named]) -> list[bytes]:
+        starts = np.array([one.start for one in parts], np.uint64)
+        ends = np.array([self._read_end(one) for one in parts], np.uint64)
+        return self._view.read_text(starts, ends)
+
+    def _read_end(self, named: Named) -> int:
+        """For an entry that is an ftrace nop its bytes are all that is needed."""
+        if named.start in self._full or named.start not in self._entry:
+            return named.end
+        entry = self._ftrace_entry(named.start)
+        return named.end if entry is None else entry + _NOP_BYTES
+
+    def _ftrace_entry(self, start: int) -> int | None:
+        for addr in (start, start + _ENDBR_BYTES):
+            if addr in self._ftrace:
+                return addr
+        return None
+
+    def _decode(self) -> Code:
+        self._rows: list[int] = []
+        self._ftrace = set(self._view.sites.ftrace.tolist())
+        parts = list({**self._entry, **self._full}.values())
+        homes = {cold.start: start for start, colds in self._cold.items() for cold in colds}
+        texts = self._text(parts)
+        code = build_code(
+            [
+                self._part(named, text, homes.get(named.start))
+                for named, text in zip(parts, texts, strict=True)
+            ],
+            self._view.sites,
+        )
+        self._part_rows = {part.start: row for row, part in enumerate(code.parts)}
+        return code
+
+    def _part(self, named: Named, text: bytes, home: int | None = None) -> Part:
+        group = named.start if home is None else home
+        near = np.array([group, group + _ENDBR_BYTES], np.uint64)
+        is_c = bool(contains(self._view.sites.ftrace, near).any())
+        return Part(named.printed, named.symbol, named.image.kmod, named.start, text, group, is_c)
+
+    # ---- points --------------------------------------------------------------------------------
+
+    def _expand(
+        self, wanted: Sequence[tuple[PointSpec, list[Named]]], code: Code
+    ) -> list[tuple[Point, int, bool]]:
+        first = {}
+        for part in range(len(code.parts)):
+            first[part] = -2
+        found: list[tuple[Point, int, bool]] = []
+        for spec, named in wanted:
+            for one in named:
+                kind, rows = self._rows_of(spec, one, code)
+                found += [
+                    (_point(code, int(row), kind), int(row), spec.is_explicit) for row in rows
+                ]
+        return found
+
+    def _rows_of(
+        self, spec: PointSpec, named: Named, code: Code
+    ) -> tuple[Kind, npt.NDArray[np.int64]]:
+        if spec.offset is not None or spec.addr is not None:
+            addr = named.start + spec.offset if spec.offset is not None else spec.addr
+            assert addr is not None
+            row = code.rows_at(np.array([addr], np.uint64))
+            if row[0] < 0:
+                self._refuse(spec, Reason.NOT_BOUNDARY, _boundaries(code, named, addr))
+                row = row[:0]
+            return Kind.INSN, row
+        starts = [named.start, *(cold.start for cold in self._cold.get(named.start, []))]
+        parts = [self._part_rows[start] for start in starts]
+        return KIND_OF[spec.selector], select_rows(code, parts, spec.selector)
+
+
+def _end(image: Symbols, addr: int) -> int:
+    bounds = image.bounds(addr)
+    return bounds[1] if bounds else addr
+
+
+def _point(code: Code, row: int, kind: Kind) -> Point:
+    part_row = int(code.part[row])
+    part = code.parts[part_row]
+    offset = int(code.addr[row]) - part.start
+    at_entry = part.group == part.start and _is_entry(code, part_row, row)
+    text = format_point(part.name, offset, kind, at_entry=at_entry)
+    return Point(text, part.symbol, part.kmod, offset, int(code.addr[row]), kind)
+
+
+def _is_entry(code: Code, part: int, row: int) -> bool:
+    offset = int(code.addr[row]) - code.parts[part].start
+    return offset <= _ENDBR_BYTES and entry_row(code, part) == row
+
+
+def _boundaries(code: Code, named: Named, addr: int) -> str:
+    """Name the instructions around an address that starts none."""
+    if addr >= named.end:
+        return f"{named.printed} ends at +{named.end - named.start:#x}"
+    rows = np.flatnonzero((code.addr < addr) & (code.addr >= named.start))
+    if not len(rows):
+        return "not an instruction"
+    row = rows[np.argmax(code.addr[rows])]
+    low = int(code.addr[row]) - named.start
+    high = low + int(code.length[row])
+    if addr >= named.start + high:
+        return f"padding; the last instruction is {named.printed}+{low:#x}"
+    return f"inside an instruction; it starts at +{low:#x}, the next at +{high:#x}"

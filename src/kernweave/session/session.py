@@ -1,0 +1,314 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A session: one connection to one kernel, undone as a whole when it ends."""
+
+from __future__ import annotations
+
+import atexit
+import signal
+import sys
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+
+from kernweave.analysis.code import Part, build_code
+from kernweave.driver.client import Driver
+from kernweave.driver.link import Link
+from kernweave.driver.records import ExitStatus
+from kernweave.driver.uapi import Fact
+from kernweave.errors import KernweaveError, UsageError
+from kernweave.lab.cache import cache_dir
+from kernweave.model.plan import Tactic
+from kernweave.model.point import parse_point
+from kernweave.session.attach import (
+    Amend,
+    check_refusals,
+    choose,
+    commit,
+    make_pokes,
+    rules_for,
+)
+from kernweave.session.attachment import Attachment
+from kernweave.session.resolve import Resolver
+from kernweave.session.target import open_link
+from kernweave.session.view import KernelView
+from kernweave.splice.hook import bind_hook, hook_row, hook_size
+
+Sink = Callable[[bytes], None]
+
+_FTRACE_UPDATE = "ftrace_replace_code"
+_GRACE_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Completed:
+    """A command that has ended.
+
+    Attributes:
+        argv: as it was started.
+        exit: status, 128 + n after signal n.
+        signal: number of the signal that ended it, or None.
+        duration_ns: from start to end, on the target.
+        stdout: what it wrote, if that was captured.
+        stderr: the same for standard error.
+    """
+
+    argv: tuple[str, ...]
+    exit: int
+    signal: int | None
+    duration_ns: int
+    stdout: bytes = b""
+    stderr: bytes = b""
+
+
+class CommandError(KernweaveError):
+    """A command that `Session.run(check=True)` started did not end with status 0."""
+
+
+def _silent(line: str) -> None:
+    """Drop progress."""
+
+
+class Session:
+    """One session with a kernel; use it as a context manager, from one thread."""
+
+    def __init__(
+        self,
+        target: str = "lab",
+        *,
+        writer: bool = True,
+        progress: Callable[[str], None] = _silent,
+    ) -> None:
+        """Connect; see `kernweave.connect`."""
+        self.target = f"{target}:6.1" if target == "lab" else target
+        self._link: Link = open_link(target, progress)
+        self._attachments: list[Attachment] = []
+        self._hooked = False
+        try:
+            self._driver = Driver(self._link.call, writer=writer)
+            self._view = KernelView(self._driver, cache_dir())
+        except BaseException:
+            self._link.close()
+            raise
+        _open.add(self)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take everything out and end the session; idempotent."""
+        _open.discard(self)
+        try:
+            for attachment in reversed(self._attachments):
+                if attachment.attached:
+                    attachment.detach()
+        finally:
+            self._attachments.clear()
+            self._link.close()
+
+    @property
+    def kernel(self) -> str:
+        """Release of the kernel, as `uname -r` prints it."""
+        return self._driver.facts.release
+
+    @property
+    def driver(self) -> Driver:
+        """The driver's client, for tools that need more than counts."""
+        return self._driver
+
+    @property
+    def view(self) -> KernelView:
+        """Symbols, patchable sites and native text as this session sees them."""
+        return self._view
+
+    def read(self, addr: int, size: int) -> bytes:
+        """`size` bytes of kernel memory at run-time address `addr`.
+
+        Raises:
+            DriverError: EFAULT, if any of it is not mapped.
+        """
+        return self._driver.read(addr, size)
+
+    # ---- counting ------------------------------------------------------------------------------
+
+    def count(
+        self,
+        *points: str,
+        partial: bool = False,
+        tactics: Sequence[str] | None = None,
+        amend: Amend | None = None,
+    ) -> Attachment:
+        """Put a counter at each point; leaving the attachment takes them out.
+
+        Args:
+            points: as in the point grammar.
+            partial: place what can be placed even of explicitly named points.
+            tactics: allowed tactics, in order; None: all.
+            amend: changes the plan before it is committed; for tests that seed faults.
+
+        Raises:
+            UsageError: not a point.
+            RefusedError: an explicitly named point cannot be placed, or none at all.
+            DriverError: the driver refuses; nothing was changed.
+
+        Example:
+            >>> with kernweave.connect() as k, k.count("vfs_read@blocks") as hits:  # doctest: +SKIP
+            ...     k.run(["true"])
+            >>> hits.rows()  # doctest: +SKIP
+        """
+        specs = [parse_point(point) for point in points]
+        if not specs:
+            raise UsageError("no point given", help="name a function, for instance vfs_read")
+        self._view.refresh()
+        resolved = Resolver(self._view).resolve(specs)
+        rules = rules_for(self._driver.facts.flags, self._tactics(tactics))
+        choice = choose(resolved, self._view.sites, rules)
+        check_refusals(choice, resolved, partial)
+        if not self._hooked and any(site.tactic is Tactic.NOP5 for site in choice.sites):
+            self._hook_ftrace()
+        placed = commit(self._driver, choice, amend)
+        attachment = Attachment(self._driver, placed, choice.refused)
+        self._attachments.append(attachment)
+        return attachment
+
+    def _tactics(self, names: Sequence[str] | None) -> list[Tactic]:
+        known = {tactic.value: tactic for tactic in Tactic}
+        wanted = list(known) if names is None else list(names)
+        for name in wanted:
+            if name not in known:
+                raise UsageError(
+                    f"no tactic {name!r}", help=f"use {', '.join(known)}, separated by commas"
+                )
+        can_yield = self._hooked or self._hook_site() is not None
+        return [known[name] for name in wanted if can_yield or known[name] is not Tactic.NOP5]
+
+    def _hook_site(self) -> tuple[Part, int] | None:
+        """Where ftrace is about to change text, if the driver can yield there."""
+        facts, view = self._driver.facts, self._view
+        found = view.images[0].find(_FTRACE_UPDATE)
+        if not facts.flags & Fact.FTRACE_YIELD or len(found) != 1:
+            return None
+        bounds = view.images[0].bounds(found[0])
+        assert bounds is not None
+        start, end = (np.array([addr], np.uint64) for addr in bounds)
+        text = view.read_text(start, end)[0]
+        part = Part(_FTRACE_UPDATE, _FTRACE_UPDATE, None, bounds[0], text, bounds[0], False)
+        row = hook_row(build_code([part], view.sites), 0, view.sites)
+        return (part, row) if row >= 0 else None
+
+    def _hook_ftrace(self) -> None:
+        """Splice the driver's yield into ftrace's update, before any nop of ftrace is used."""
+        site = self._hook_site()
+        assert site is not None, "the nop5 tactic is offered only with a hook"
+        part, row = site
+        code = build_code([part], self._view.sites)
+        area = self._driver.area(hook_size(code, row))
+        plan = bind_hook(code, row, self._driver.facts.yield_addr, area.addr)
+        self._driver.write(area, 0, plan.code)
+        self._driver.seal(area)
+        self._driver.commit(area, make_pokes(plan))
+        self._hooked = True
+
+    # ---- commands ------------------------------------------------------------------------------
+
+    def run(
+        self,
+        argv: Sequence[str],
+        *,
+        check: bool = False,
+        capture: bool = False,
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        limit_s: float | None = None,
+    ) -> Completed:
+        """Run a command on the target to its end; its output passes through.
+
+        Args:
+            argv: the command; 127 is its status if it is not found.
+            check: raise if the status is not 0.
+            capture: keep the output instead of passing it on.
+            env: its whole environment; None: this process's.
+            cwd: its working directory; None: this process's, if the target has it.
+            limit_s: after so many seconds it gets SIGTERM, five seconds later SIGKILL.
+
+        Raises:
+            CommandError: `check`, and the status is not 0.
+        """
+        kept: dict[str, list[bytes]] = {"stdout": [], "stderr": []}
+        sinks: dict[str, Sink] = (
+            {name: parts.append for name, parts in kept.items()}
+            if capture
+            else {"stdout": _passer("stdout"), "stderr": _passer("stderr")}
+        )
+        self._link.exec_start(list(argv), env=env, cwd=cwd, fresh=True)
+        status = self._follow(sinks, limit_s)
+        done = Completed(
+            tuple(argv),
+            status.exit,
+            status.signal or None,
+            status.duration_ns,
+            b"".join(kept["stdout"]),
+            b"".join(kept["stderr"]),
+        )
+        if check and done.exit:
+            raise CommandError(f"{argv[0]} ended with status {done.exit}")
+        return done
+
+    def _follow(self, sinks: Mapping[str, Sink], limit_s: float | None) -> ExitStatus:
+        """Hand output on until the command ends; an interrupt goes to the command."""
+        pending = [signal.SIGTERM, signal.SIGKILL] if limit_s is not None else []
+        wait = limit_s
+        while True:
+            try:
+                for kind, data in self._link.exec_events(wait):
+                    if isinstance(data, ExitStatus):
+                        return data
+                    sinks[kind](data)
+            except TimeoutError:
+                if not pending:
+                    raise
+                self._link.signal(pending.pop(0))
+                wait = _GRACE_S
+            except KeyboardInterrupt:
+                self._link.signal(signal.SIGINT)
+
+    def sleep(self, seconds: float | None) -> None:
+        """Leave the counters in for so long, or until an interrupt; the latter is no error."""
+        deadline = None if seconds is None else time.monotonic() + seconds
+        try:
+            while deadline is None or time.monotonic() < deadline:
+                left = 1.0 if deadline is None else deadline - time.monotonic()
+                time.sleep(max(0.0, min(1.0, left)))
+        except KeyboardInterrupt:
+            pass
+
+
+def _passer(name: str) -> Sink:
+    """Write bytes to a standard stream as they come."""
+
+    def write(data: bytes) -> None:
+        stream = getattr(sys, name)
+        raw = getattr(stream, "buffer", None)
+        if raw is None:  # a notebook's stream takes text only
+            stream.write(data.decode(errors="replace"))
+        else:
+            stream.flush()
+            raw.write(data)
+            raw.flush()
+
+    return write
+
+
+_open: weakref.WeakSet[Session] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    for session in list(_open):
+        session.close()

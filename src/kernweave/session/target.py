@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Where the kernel runs: a target's name to a link with its agent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.resources import as_file, files
+from pathlib import Path
+
+from kernweave.driver.link import Link
+from kernweave.errors import UnsupportedError, UsageError
+from kernweave.lab.build import build_kmod
+from kernweave.lab.machine import Lab
+from kernweave.lab.packages import KERNEL_SERIES, fetch_kernel
+
+Progress = Callable[[str], None]
+
+
+def lab_name(target: str) -> str:
+    """The lab a target means; `lab` alone is `lab:6.1`.
+
+    Raises:
+        UsageError: not a target.
+        UnsupportedError: a target that is not a lab.
+    """
+    kind, _, name = target.partition(":")
+    if kind == "lab" and (name or target == "lab"):
+        return name or KERNEL_SERIES[0]
+    if target == "local" or target.startswith("ssh://"):
+        raise UnsupportedError(
+            f"target {target} is not there yet",
+            help="use a lab: kernweave --target lab ...",
+        )
+    raise UsageError(f"not a target: {target!r}", help="use lab or lab:NAME")
+
+
+def driver_kmod(series: str, progress: Progress, cflags: tuple[str, ...] = ()) -> Path:
+    """The driver built for a lab's kernel, from the sources in this package."""
+    kernel = fetch_kernel(series, progress)
+    with as_file(files("kernweave.driver") / "csrc" / "kmod") as sources:
+        return build_kmod(kernel, sources, cflags=cflags, progress=progress)
+
+
+def boot_lab(name: str, progress: Progress) -> Lab:
+    """The lab of that name, booted with this kernweave's driver if it does not run yet."""
+    lab = Lab(name)
+    if not lab.running():
+        lab.up(kmod=driver_kmod(lab.series, progress), progress=progress)
+    return lab
+
+
+def open_link(target: str, progress: Progress) -> Link:
+    """Connect to a target's agent; a lab comes up by itself."""
+    return boot_lab(lab_name(target), progress).connect()

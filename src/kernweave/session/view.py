@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What one session sees of its kernel: symbols, patchable sites, native text."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from kernweave.driver.client import Driver, Rows
+from kernweave.errors import Reason, UnsupportedError
+from kernweave.image.kallsyms import read_kallsyms
+from kernweave.image.sites import (
+    DENIED_NAMES,
+    DENIED_PREFIXES,
+    RETURN_THUNKS,
+    ROW_BYTES,
+    TABLES,
+    TEXT_RANGES,
+    Ranges,
+    Sites,
+    TableSpans,
+    make_ranges,
+    read_sites,
+)
+from kernweave.image.symbols import (
+    Symbols,
+    build_id,
+    load_symbols,
+    make_symbols,
+    save_symbols,
+)
+
+Addrs = npt.NDArray[np.uint64]
+
+NOP5 = bytes((0x0F, 0x1F, 0x44, 0x00, 0x00))
+_PATCH_BYTES = 16
+
+
+def _u64(values: Sequence[int]) -> Addrs:
+    return np.array(values, np.uint64)
+
+
+class KernelView:
+    """Reads through the driver what analysis needs; call `refresh` before each attach."""
+
+    def __init__(self, driver: Driver, cache: Path) -> None:
+        """Read the kernel's symbols, or take those stored for its build id."""
+        self.driver = driver
+        self._kernel = self._kernel_symbols(cache)
+        self._table_spans = self._kernel_tables()
+        self._static_ranges = self._denied_text()
+        self._kmods: dict[bytes, Symbols] = {}
+        self.images: list[Symbols] = [self._kernel]
+        self.sites = Sites()
+        self._patched: list[tuple[int, bytes]] = []
+        self.refresh()
+
+    # ---- symbols -------------------------------------------------------------------------------
+
+    def _kernel_symbols(self, cache: Path) -> Symbols:
+        facts, driver = self.driver.facts, self.driver
+        notes = driver.lookup(["__start_notes", "__stop_notes"])
+        ident = build_id(driver.read(notes[0], notes[1] - notes[0])) if all(notes) else None
+        folder = cache / "symbols" / ident if ident else None
+        found = folder and load_symbols(folder, facts.text_start, facts.text_end)
+        if found:
+            return found
+        info = driver.lookup(["vmcoreinfo_data", "vmcoreinfo_size"])
+        if not all(info):
+            raise UnsupportedError("this kernel has no vmcoreinfo, which names its symbol tables")
+        addrs, names = read_kallsyms(driver.read, info[0], info[1], facts.text_start)
+        symbols = make_symbols(None, addrs, names, facts.text_start, facts.text_end)
+        if folder:
+            save_symbols(folder, symbols, facts.text_start)
+        return symbols
+
+    def _kmod_symbols(self, row: np.void) -> Symbols:
+        name = bytes(row["name"]).decode()
+        start, end, count = int(row["text_start"]), int(row["text_end"]), int(row["symbols"])
+        dtype = [("name", "<u4"), ("info", "u1"), ("other", "u1"), ("shndx", "<u2")]
+        elf = np.dtype([*dtype, ("value", "<u8"), ("size", "<u8")])
+        table = np.frombuffer(self.driver.read(int(row["symtab"]), count * elf.itemsize), elf)
+        inside = (table["value"] >= start) & (table["value"] < end) & (table["info"] & 15 == 2)
+        table = table[inside]
+        strings = self.driver.read(int(row["strtab"]), int(table["name"].max(initial=0)) + 256)
+        names = [b"t" + strings[at : strings.index(b"\0", at)] for at in table["name"].tolist()]
+        return make_symbols(name, table["value"].astype(np.uint64), names, start, end)
+
+    # ---- tables --------------------------------------------------------------------------------
+
+    def _kernel_tables(self) -> TableSpans:
+        names = [name for pair in TABLES.values() for name in pair]
+        addrs = self.driver.lookup(names)
+        pairs = zip(addrs[::2], addrs[1::2], strict=True)
+        return TableSpans(dict(zip(TABLES, pairs, strict=True)))
+
+    def _denied_text(self) -> list[Ranges]:
+        """Stretches given by the linker's symbols, by the kprobe denylist, and by name."""
+        symbols = [name for first, last, _ in TEXT_RANGES for name in (first, last)]
+        addrs = self.driver.lookup(symbols)
+        found = [
+            make_ranges(reason, _u64([start]), _u64([end]))
+            for (_, _, reason), start, end in zip(TEXT_RANGES, addrs[::2], addrs[1::2], strict=True)
+            if start and end > start
+        ]
+        denied = self.driver.denylist()
+        found.append(make_ranges(Reason.DENYLIST, denied["start"], denied["end"]))
+        bounds = [self._kernel.bounds(addr) for addr in self._denied_functions()]
+        spans = [span for span in bounds if span]
+        found.append(
+            make_ranges(Reason.DENYLIST, _u64([s for s, _ in spans]), _u64([e for _, e in spans]))
+        )
+        return found
+
+    def _denied_functions(self) -> list[int]:
+        names = [name for name in self._kernel.by_name if name.startswith(DENIED_PREFIXES)]
+        return [addr for name in (*DENIED_NAMES, *names) for addr in self._kernel.find(name)]
+
+    def refresh(self) -> None:
+        """Read again what changes: kmods, kprobes, ftrace, sites of kernweave."""
+        driver = self.driver
+        kmods = driver.kmods()
+        self.images = [self._kernel, *(self._kmod_image(row) for row in kmods)]
+        kprobes, placed = driver.kprobes(), driver.placed()
+        self._patched = [
+            (int(row["addr"]), row["original"][: row["len"]].tobytes())
+            for row in (*kprobes, *placed)
+        ]
+        records = driver.ftrace_records()["ip"].astype(np.uint64)
+        ours = placed["addr"].astype(np.uint64)
+        self.sites = read_sites(
+            driver.read,
+            [self._table_spans, *(_kmod_spans(row) for row in kmods)],
+            [*self._static_ranges, *_in_use(kprobes, placed)],
+            (records, self._busy_records(np.setdiff1d(records, ours))),
+            _u64([addr for name in RETURN_THUNKS for addr in self._kernel.find(name)]),
+        )
+
+    def _kmod_image(self, row: np.void) -> Symbols:
+        key = row.tobytes()
+        if key not in self._kmods:
+            self._kmods[key] = self._kmod_symbols(row)
+        return self._kmods[key]
+
+    def _busy_records(self, records: Addrs) -> Addrs:
+        """Ftrace sites that do not hold their nop: ftrace, BPF or livepatch uses them."""
+        if not len(records):
+            return records
+        live = self.driver.read_ranges(records, records + np.uint64(5))
+        rows = np.frombuffer(live, np.uint8).reshape(-1, 5)
+        return np.asarray(records[(rows != np.frombuffer(NOP5, np.uint8)).any(axis=1)])
+
+    # ---- text ----------------------------------------------------------------------------------
+
+    def read_text(self, starts: Addrs, ends: Addrs) -> list[bytes]:
+        """Native bytes of many ranges: what kprobes and kernweave changed is put back."""
+        if not len(starts):
+            return []
+        data = self.driver.read_ranges(starts, ends)
+        cuts = np.concatenate(([0], np.cumsum((ends - starts).astype(np.int64)))).tolist()
+        parts = [data[a:b] for a, b in itertools.pairwise(cuts)]
+        for addr, original in self._patched:
+            hit = (starts < np.uint64(addr + len(original))) & (ends > np.uint64(addr))
+            for row in np.flatnonzero(hit).tolist():
+                parts[row] = _overlay(parts[row], int(starts[row]), addr, original)
+        return parts
+
+
+def _overlay(code: bytes, start: int, addr: int, original: bytes) -> bytes:
+    text = bytearray(code)
+    for i, byte in enumerate(original):
+        if 0 <= addr + i - start < len(text):
+            text[addr + i - start] = byte
+    return bytes(text)
+
+
+def _in_use(kprobes: Rows, placed: Rows) -> list[Ranges]:
+    found = []
+    for reason, rows in ((Reason.BUSY_KPROBE, kprobes), (Reason.BUSY_PLAN, placed)):
+        starts = rows["addr"].astype(np.uint64)
+        found.append(make_ranges(reason, starts, starts + rows["len"].astype(np.uint64)))
+    return found
+
+
+def _kmod_spans(row: np.void) -> TableSpans:
+    return TableSpans(
+        {name: (int(row[name]["start"]), int(row[name]["end"])) for name in ROW_BYTES}
+    )

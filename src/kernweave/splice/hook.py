@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A splice that calls a C function of the driver: how kernweave yields to ftrace.
+
+    push %rax .. %r11; pushfq
+    call target
+    popfq; pop %r11 .. %rax
+    displaced instruction
+    jmp  back
+
+The C function may sleep, and then a trampoline's address lies on a stack: the driver counts who
+is inside and frees the area only when nobody is.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import numpy as np
+
+from kernweave.analysis.code import Code
+from kernweave.image.sites import Sites
+from kernweave.model.plan import Plan, Tactic
+from kernweave.splice.place import Rules, place
+from kernweave.x86.relocate import JUMP_BYTES, encode_jump, relocate_insn
+
+#: rax, rcx, rdx, rsi, rdi, r8 .. r11, then the flags
+_SAVE = bytes.fromhex("50 51 52 56 57 4150 4151 4152 4153 9c")
+_RESTORE = bytes.fromhex("9d 415b 415a 4159 4158 5f 5e 5a 59 58")
+
+
+def hook_row(code: Code, part: int, sites: Sites) -> int:
+    """The first instruction of a part's entry block that one jump can replace, -1 if none."""
+    rows = np.flatnonzero(code.part == part)
+    leaders = np.flatnonzero(code.leader[rows])
+    entry = rows[: leaders[1]] if len(leaders) > 1 else rows
+    placement = place(code, entry, sites, Rules(tactics=(Tactic.JMP32,)))
+    fits = [row for row, tactic in zip(entry, placement.tactic, strict=True) if tactic]
+    return int(fits[0]) if fits else -1
+
+
+def hook_size(code: Code, row: int) -> int:
+    """Bytes of the hook's trampoline."""
+    return len(_encode(code, row, int(code.addr[row]), int(code.addr[row])))
+
+
+def bind_hook(code: Code, row: int, target: int, base: int) -> Plan:
+    """The plan of a hook at an instruction of `code`, its trampoline at `base`."""
+    addr = int(code.addr[row])
+    body = _encode(code, row, target, base)
+    old = code.raw(row)[:JUMP_BYTES]
+    jump = encode_jump(addr, base)
+    return Plan(
+        base=base,
+        code=body,
+        addr=np.array([addr], np.uint64),
+        old=np.frombuffer(old, np.uint8).reshape(1, -1),
+        new=np.frombuffer(jump, np.uint8).reshape(1, -1),
+        tactic=(Tactic.JMP32,),
+        spills=((),),
+        copy=np.zeros(1, np.uint64),
+        counter=np.zeros(1, np.int32),
+    )
+
+
+def _encode(code: Code, row: int, target: int, base: int) -> bytes:
+    call_at = base + len(_SAVE)
+    call = b"\xe8" + struct.pack("<i", target - (call_at + JUMP_BYTES))
+    body = _SAVE + call + _RESTORE
+    return body + relocate_insn(code.raw(row), int(code.addr[row]), base + len(body))

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The built-in counter snippet: one read-modify-write on a per-CPU 64-bit counter.
+
+[pushfq]                      if a status flag is live
+[push   %scratch]             if no register is dead
+movabs $offset,%scratch       per-CPU offset, not an address: migration cannot hurt
+incq   %gs:0x0(%scratch)
+[pop    %scratch]
+[popfq]
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+from kernweave.x86.decode import FLAGS_MASK, REG_NAMES
+
+#: registers the snippet may use, best first; rsp and r12 would need a longer encoding
+SCRATCH_ORDER = tuple(
+    REG_NAMES.index(name)
+    for name in (
+        "r11", "r10", "r9", "r8", "rax", "rcx", "rdx", "rsi", "rdi",
+        "r13", "r14", "r15", "rbx", "rbp",
+    )
+)  # fmt: skip
+
+_CARRY = 1 << (16 + 4)
+#: `inc` leaves the carry flag alone
+CLOBBERED_FLAGS = FLAGS_MASK & ~_CARRY
+
+
+@dataclass(frozen=True, slots=True)
+class Snippet:
+    """Machine code with one hole for the counter's per-CPU offset.
+
+    Attributes:
+        code: bytes, the hole zero.
+        hole: byte position of the 8-byte offset.
+        spills: registers and flags saved around it.
+    """
+
+    code: bytes
+    hole: int
+    spills: tuple[str, ...]
+
+
+def _rex_wb(register: int) -> int:
+    return 0x48 | register >> 3
+
+
+def _push(register: int) -> bytes:
+    return bytes((0x40 | register >> 3, 0x50 | register & 7))
+
+
+def _pop(register: int) -> bytes:
+    return bytes((0x40 | register >> 3, 0x58 | register & 7))
+
+
+@cache
+def counter_snippet(dead: int) -> Snippet:
+    """The shortest counter for a place where the registers and flags in `dead` are dead.
+
+    Args:
+        dead: mask as in `x86.decode`.
+    """
+    free = [register for register in SCRATCH_ORDER if dead >> register & 1]
+    register = free[0] if free else SCRATCH_ORDER[0]
+    movabs = bytes((_rex_wb(register), 0xB8 | register & 7)) + bytes(8)
+    inc = bytes((0x65, _rex_wb(register), 0xFF, 0x40 | register & 7, 0x00))
+    before, after, spills = b"", b"", []
+    if CLOBBERED_FLAGS & ~dead:
+        before, after = b"\x9c", b"\x9d"
+        spills.append("flags")
+    if not free:
+        before, after = before + _push(register), _pop(register) + after
+        spills.append(REG_NAMES[register])
+    return Snippet(before + movabs + inc + after, len(before) + 2, tuple(spills))

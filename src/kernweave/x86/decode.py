@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Machine code to columns: lengths, flow, targets, registers and flags read and written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import IntEnum, IntFlag
+from functools import cache
+
+import iced_x86 as iced
+import numpy as np
+import numpy.typing as npt
+
+#: bit 0..15 of a mask: registers in encoding order; bit 16..21: status flags
+REG_NAMES = (
+    "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi",
+    "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15",
+)  # fmt: skip
+FLAG_NAMES = ("of", "sf", "zf", "af", "cf", "pf")
+FLAGS_SHIFT = 16
+REGS_MASK = 0xFFFF
+FLAGS_MASK = 0x3F << FLAGS_SHIFT
+ALL_MASK = REGS_MASK | FLAGS_MASK
+
+
+class Flow(IntEnum):
+    """How an instruction continues."""
+
+    NEXT = 0
+    JUMP = 1
+    BRANCH = 2  # conditional
+    CALL = 3
+    RETURN = 4
+    INDIRECT_JUMP = 5
+    INDIRECT_CALL = 6
+    TRAP = 7  # ud2, int3: a handler decides
+    LEAVE = 8  # iret, sysret and what else leaves for good
+    INVALID = 9
+
+
+class Trait(IntFlag):
+    """Properties that decide whether an instruction may be displaced."""
+
+    NOP = 1
+    INT3 = 2
+    ENDBR = 4
+    LOCK = 8  # a lock prefix, or the one that replaces it on one CPU
+    SHADOW = 16  # sti, mov ss, pop ss: the next instruction is special
+    SWAPGS = 32  # changes the gs base
+    RIP = 64  # rip-relative memory operand
+    POPF = 128
+    UD2 = 256
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Instructions of some stretches of text, each in address order.
+
+    Attributes:
+        stretch: int32[n], which of the stretches.
+        addr: uint64[n], run-time address.
+        length: uint8[n].
+        flow: uint8[n], `Flow`.
+        trait: uint16[n], `Trait`.
+        reads: uint32[n], mask of registers and flags read.
+        writes: uint32[n], mask of registers and flags overwritten whatever happens.
+        target: uint64[n], run-time address of a direct branch or call, else 0.
+    """
+
+    stretch: npt.NDArray[np.int32]
+    addr: npt.NDArray[np.uint64]
+    length: npt.NDArray[np.uint8]
+    flow: npt.NDArray[np.uint8]
+    trait: npt.NDArray[np.uint16]
+    reads: npt.NDArray[np.uint32]
+    writes: npt.NDArray[np.uint32]
+    target: npt.NDArray[np.uint64]
+
+
+_FLOW = {
+    iced.FlowControl.NEXT: Flow.NEXT,
+    iced.FlowControl.UNCONDITIONAL_BRANCH: Flow.JUMP,
+    iced.FlowControl.CONDITIONAL_BRANCH: Flow.BRANCH,
+    iced.FlowControl.CALL: Flow.CALL,
+    iced.FlowControl.RETURN: Flow.RETURN,
+    iced.FlowControl.INDIRECT_BRANCH: Flow.INDIRECT_JUMP,
+    iced.FlowControl.INDIRECT_CALL: Flow.INDIRECT_CALL,
+    iced.FlowControl.INTERRUPT: Flow.TRAP,
+    iced.FlowControl.EXCEPTION: Flow.TRAP,
+    iced.FlowControl.XBEGIN_XABORT_XEND: Flow.LEAVE,
+}
+_LEAVING = {
+    iced.Mnemonic.IRET, iced.Mnemonic.IRETD, iced.Mnemonic.IRETQ, iced.Mnemonic.SYSRET,
+    iced.Mnemonic.SYSRETQ, iced.Mnemonic.SYSEXIT, iced.Mnemonic.SYSEXITQ,
+}  # fmt: skip
+#: their destination or flags stay as they were when the count or source is zero
+_MAY_KEEP_FLAGS = {
+    iced.Mnemonic.SHL, iced.Mnemonic.SHR, iced.Mnemonic.SAR, iced.Mnemonic.SAL,
+    iced.Mnemonic.ROL, iced.Mnemonic.ROR, iced.Mnemonic.RCL, iced.Mnemonic.RCR,
+    iced.Mnemonic.SHLD, iced.Mnemonic.SHRD,
+}  # fmt: skip
+_MAY_KEEP_DEST = {iced.Mnemonic.BSF, iced.Mnemonic.BSR}
+_NOPS = {iced.Mnemonic.NOP, iced.Mnemonic.FNOP}
+
+_READS = {
+    iced.OpAccess.READ,
+    iced.OpAccess.COND_READ,
+    iced.OpAccess.READ_WRITE,
+    iced.OpAccess.READ_COND_WRITE,
+    iced.OpAccess.COND_WRITE,  # what it does not write shows through
+}
+_KILLS = {iced.OpAccess.WRITE, iced.OpAccess.READ_WRITE}
+_info = iced.InstructionInfoFactory()
+
+
+@cache
+def _register(number: int) -> tuple[int, int]:
+    """(bit, bytes) of a general register, (-1, 0) of any other."""
+    register: iced.Register_ = number  # type: ignore[assignment]
+    full = iced.RegisterExt.full_register(register)
+    first = iced.Register.RAX
+    if not first <= full < first + 16:
+        return -1, 0
+    return full - first, iced.RegisterExt.size(register)
+
+
+def _register_masks(ins: iced.Instruction) -> tuple[int, int]:
+    reads = writes = 0
+    for used in _info.info(ins).used_registers():
+        bit, size = _register(used.register)
+        if bit < 0:
+            continue
+        if used.access in _READS or (used.access in _KILLS and size < 4):
+            reads |= 1 << bit
+        if used.access in _KILLS and size >= 4:
+            writes |= 1 << bit
+    return reads, writes
+
+
+def _masks(ins: iced.Instruction) -> tuple[int, int]:
+    reads, writes = _register_masks(ins)
+    repeats = ins.has_rep_prefix or ins.has_repne_prefix
+    reads |= (ins.rflags_read & 0x3F) << FLAGS_SHIFT
+    variable = ins.mnemonic in _MAY_KEEP_FLAGS and ins.op_count > 1
+    if not repeats and not variable:
+        writes |= (ins.rflags_modified & 0x3F) << FLAGS_SHIFT
+    if ins.mnemonic in _MAY_KEEP_DEST or repeats:
+        reads |= writes & REGS_MASK
+        writes &= ~REGS_MASK
+    return reads, writes
+
+
+def _traits(ins: iced.Instruction, code: bytes) -> int:
+    trait = 0
+    mnemonic = ins.mnemonic
+    if mnemonic in _NOPS:
+        trait |= Trait.NOP
+    if mnemonic == iced.Mnemonic.INT3:
+        trait |= Trait.INT3
+    if mnemonic == iced.Mnemonic.ENDBR64:
+        trait |= Trait.ENDBR
+    if ins.has_lock_prefix or code[0] == 0x3E:
+        trait |= Trait.LOCK
+    writes_ss = ins.op_count and ins.op0_register == iced.Register.SS
+    if mnemonic == iced.Mnemonic.STI or (
+        writes_ss and mnemonic in (iced.Mnemonic.MOV, iced.Mnemonic.POP)
+    ):
+        trait |= Trait.SHADOW
+    writes_gs = ins.op_count and ins.op0_register == iced.Register.GS
+    if mnemonic == iced.Mnemonic.SWAPGS or (writes_gs and mnemonic == iced.Mnemonic.MOV):
+        trait |= Trait.SWAPGS
+    if ins.is_ip_rel_memory_operand:
+        trait |= Trait.RIP
+    if mnemonic in (iced.Mnemonic.POPFQ, iced.Mnemonic.POPF):
+        trait |= Trait.POPF
+    if mnemonic == iced.Mnemonic.UD2:
+        trait |= Trait.UD2
+    return trait
+
+
+Row = tuple[int, int, int, int, int]  # length, flow, trait, reads, writes
+
+
+def _row(ins: iced.Instruction, code: bytes) -> Row:
+    if ins.is_invalid:
+        return ins.len, Flow.INVALID, 0, ALL_MASK, 0
+    reads, writes = _masks(ins)
+    flow = _FLOW.get(ins.flow_control, Flow.LEAVE)
+    if ins.mnemonic in _LEAVING:
+        flow = Flow.LEAVE
+    return ins.len, flow, _traits(ins, code), reads, writes
+
+
+#: what is known of an instruction depends on its bytes alone, but for its target
+_rows: dict[bytes, Row] = {}
+_TARGETED = (Flow.JUMP, Flow.BRANCH, Flow.CALL)
+
+
+def decode(stretches: Iterable[tuple[int, bytes]]) -> Decoded:
+    """Decode stretches of text linearly.
+
+    Args:
+        stretches: (run-time address, bytes) of each; undecodable bytes become an `INVALID`
+            instruction.
+    """
+    rows: list[Row] = []
+    targets: list[int] = []
+    addrs: list[int] = []
+    counts: list[int] = []
+    for start, code in stretches:
+        before = len(rows)
+        for ins in iced.Decoder(64, code, ip=start):
+            at = ins.ip - start
+            key = code[at : at + ins.len]
+            row = _rows.get(key)
+            if row is None:
+                row = _rows[key] = _row(ins, key)
+            rows.append(row)
+            addrs.append(ins.ip)
+            targets.append(ins.near_branch_target if row[1] in _TARGETED else 0)
+        counts.append(len(rows) - before)
+    table = np.array(rows, np.int64).reshape(-1, 5)
+    return Decoded(
+        stretch=np.repeat(np.arange(len(counts), dtype=np.int32), counts),
+        addr=np.array(addrs, np.uint64),
+        length=table[:, 0].astype(np.uint8),
+        flow=table[:, 1].astype(np.uint8),
+        trait=table[:, 2].astype(np.uint16),
+        reads=table[:, 3].astype(np.uint32),
+        writes=table[:, 4].astype(np.uint32),
+        target=np.array(targets, np.uint64),
+    )

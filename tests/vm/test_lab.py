@@ -1,0 +1,349 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Sessions with a booted stock kernel: commands, files, loss of either end."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from kernweave.driver.link import Link
+from kernweave.driver.records import ACK, HEADER, RESET, ExitStatus, Type
+from kernweave.errors import DriverError, KernweaveError, LabError
+from kernweave.lab.machine import Lab
+
+ENV = {"PATH": "/usr/bin:/bin", "LC_ALL": "C"}
+
+
+def shell(link: Link, script: str, **options: object) -> tuple[str, str, ExitStatus]:
+    out, err = bytearray(), bytearray()
+    arguments = {"env": ENV, "cwd": "/", "timeout": 60.0, **options}
+    argv = ["sh", "-c", script]
+    status = link.run(argv, stdout=out.extend, stderr=err.extend, **arguments)  # type: ignore[arg-type]
+    return out.decode(), err.decode(), status
+
+
+def test_run_passes_output_and_exit_status(link: Link) -> None:
+    out, err, status = shell(link, "echo out; echo err >&2; exit 42")
+    assert (out, err, status.exit, status.signal) == ("out\n", "err\n", 42, None)
+    assert status.duration_ns > 0
+
+
+@pytest.mark.parametrize("signo", [signal.SIGKILL, signal.SIGSEGV])
+def test_run_killed_by_signal_gives_128_and_its_number(link: Link, signo: signal.Signals) -> None:
+    status = shell(link, f"kill -{signo.value} $$")[2]
+    assert (status.exit, status.signal) == (128 + signo, signo)
+
+
+def test_run_of_unknown_command_is_127_and_says_so(link: Link) -> None:
+    err = bytearray()
+    status = link.run(["no-such-thing"], env=ENV, cwd="/nowhere", stderr=err.extend)
+    assert status.exit == 127
+    assert b"no-such-thing: No such file" in err
+    assert b"no directory /nowhere" in err
+
+
+def test_run_of_a_plain_file_is_126(link: Link) -> None:
+    assert link.run(["/etc/passwd"], env=ENV, cwd="/").exit == 126
+
+
+def test_run_passes_directory_environment_and_arguments(link: Link) -> None:
+    out = bytearray()
+    argv = ["sh", "-c", 'pwd; echo "$A"; echo "$#:$1:$2"; env | wc -l', "sh", "", "b c"]
+    link.run(argv, env={**ENV, "A": "x=\nü"}, cwd="/usr/lib", stdout=out.extend)
+    assert out.decode().startswith("/usr/lib\nx=\nü\n2::b c\n")
+
+
+def test_run_passes_large_standard_input_through(link: Link) -> None:
+    food = os.urandom(3 << 20)
+    out = bytearray()
+    status = link.run(["cat"], env=ENV, cwd="/", stdin=food, stdout=out.extend, timeout=60)
+    assert status.exit == 0
+    assert out == food
+
+
+def test_run_of_a_command_that_ignores_its_input_ends(link: Link) -> None:
+    assert link.run(["true"], env=ENV, cwd="/", stdin=bytes(1 << 20), timeout=60).exit == 0
+
+
+def test_run_that_leaves_a_daemon_behind_ends_with_all_output(link: Link) -> None:
+    script = "sleep 300 & head -c 300000 /dev/zero | tr '\\0' x; exit 3"
+    out, _, status = shell(link, script)
+    assert (len(out), status.exit) == (300000, 3)
+
+
+def test_run_beyond_its_time_is_killed_with_its_group(link: Link) -> None:
+    with pytest.raises(LabError, match=r"did not end within 0\.5 s"):
+        shell(link, "trap '' TERM; sleep 301; sleep 302", timeout=0.5)
+    assert (
+        shell(link, "cat /proc/[0-9]*/cmdline | tr '\\0' ' ' | grep -c 'sleep 30[12]'")[0] == "0\n"
+    )
+
+
+def test_second_command_in_a_session_is_refused_by_the_agent(link: Link) -> None:
+    link.exec_start(["sleep", "60"], env=ENV, cwd="/")
+    link._command_tag, first = None, link._command_tag
+    with pytest.raises(DriverError, match="already running"):
+        link.run(["true"], env=ENV, cwd="/")
+    link._command_tag = first
+    link.signal(signal.SIGTERM)
+    kind, status = list(link.exec_events(10))[-1]
+    assert isinstance(status, ExitStatus)
+    assert (kind, status.exit) == ("exit", 143)
+
+
+def test_two_sessions_do_not_cross(lab: Lab) -> None:
+    with lab.connect() as one, lab.connect() as two:
+        assert one.identify()[0] != two.identify()[0]
+        for link, letter in ((one, "a"), (two, "b")):
+            argv = ["sh", "-c", f"head -c 2000000 /dev/zero | tr '\\0' {letter}"]
+            link.exec_start(argv, env=ENV, cwd="/")
+        for link, expected in ((two, b"b"), (one, b"a")):
+            events = list(link.exec_events(60))
+            out = b"".join(data for kind, data in events if kind == "stdout")  # type: ignore[misc]
+            assert out == expected * 2000000
+
+
+def test_requests_are_answered_while_a_command_floods_the_session(link: Link) -> None:
+    link.exec_start(["yes"], env=ENV, cwd="/")
+    version = link.read_file("/proc/version")
+    assert version.startswith(b"Linux version")
+    link.signal(signal.SIGKILL)
+    *output, last = link.exec_events(60)
+    assert last[1].signal == signal.SIGKILL  # type: ignore[union-attr]
+    text = b"".join(data for _, data in output)  # type: ignore[misc]
+    assert set(text) <= set(b"y\n")
+
+
+def test_ports_are_all_given_out_once(lab: Lab) -> None:
+    links = [lab.connect() for _ in range(8)]
+    try:
+        assert len({link.identify()[0] for link in links}) == 8
+        assert lab.status().sessions == 8
+        with pytest.raises(LabError, match="all 8 ports"):
+            lab.connect()
+    finally:
+        for link in links:
+            link.close()
+    assert lab.status().sessions == 0
+
+
+def test_killed_agent_is_noticed_and_its_port_works_again(lab: Lab) -> None:
+    with lab.connect() as victim, lab.connect() as other:
+        pid, _ = victim.identify()
+        victim.exec_start(["yes"], env=ENV, cwd="/")
+        assert next(victim.exec_events(10))[0] == "stdout"
+        assert shell(other, f"kill -9 {pid}")[2].exit == 0
+        with pytest.raises(LabError, match="died and was restarted"):
+            for _ in victim.exec_events(30):
+                pass
+        with pytest.raises(LabError, match="died and was restarted"):
+            victim.read_file("/proc/version")
+    with lab.connect() as again:
+        assert again.identify()[0] != pid
+        assert shell(again, "echo back")[0] == "back\n"
+
+
+def test_idle_agent_killed_is_noticed_at_the_next_request(lab: Lab) -> None:
+    with lab.connect() as victim, lab.connect() as other:
+        pid, _ = victim.identify()
+        shell(other, f"kill -9 {pid}")
+        with pytest.raises(LabError, match="died and was restarted"):
+            victim.call(b"x", timeout=30)
+
+
+def raw_session(lab: Lab) -> socket.socket:
+    """Start a session by hand on port 0, as a client that goes wrong would."""
+    sock = socket.socket(socket.AF_UNIX)
+    sock.settimeout(10)
+    sock.connect(str(lab.folder / "port0"))
+    sock.sendall(RESET + b"n" * 16)
+    seen = b""
+    while not seen.endswith(ACK + b"n" * 16):
+        seen += sock.recv(4096)
+    return sock
+
+
+def test_host_gone_inside_a_huge_record_does_not_disturb_the_next_session(lab: Lab) -> None:
+    sock = raw_session(lab)
+    sock.sendall(HEADER.pack(60 << 20, Type.CALL, 1) + bytes(5 << 20))
+    sock.close()
+    with lab.connect() as link:
+        assert shell(link, "echo fine")[0] == "fine\n"
+
+
+def test_reset_inside_a_record_starts_afresh(lab: Lab) -> None:
+    with raw_session(lab) as sock:
+        for missing in (60 << 20, 40, 5):
+            sock.sendall(HEADER.pack(100 + missing, Type.READFILE, 1) + bytes(100) + RESET)
+            sock.sendall(bytes([missing & 255]) * 16)
+            seen = b""
+            while len(seen) < 32:
+                seen += sock.recv(4096)
+            assert seen == ACK + bytes([missing & 255]) * 16
+        sock.sendall(HEADER.pack(0, Type.GETPID, 7) + b"\n")
+        length, kind, tag = HEADER.unpack(sock.recv(HEADER.size))
+        assert (kind, tag) == (Type.PID, 7)
+        assert length > 8
+
+
+@pytest.mark.parametrize(
+    "record",
+    [HEADER.pack((64 << 20) + 1, Type.CALL, 3), HEADER.pack(2, Type.READFILE, 3) + b"/\0\0"],
+    ids=["too long", "no end"],
+)
+def test_malformed_record_is_answered_by_an_error(lab: Lab, record: bytes) -> None:
+    with raw_session(lab) as sock:
+        sock.sendall(record)
+        length, kind, _ = HEADER.unpack(sock.recv(HEADER.size))
+        assert kind == Type.ERROR
+        assert sock.recv(length) == b"malformed record"
+
+
+def test_detached_command_lives_on_and_the_port_is_clean(lab: Lab) -> None:
+    with lab.connect() as link:
+        link.exec_start(["sh", "-c", "echo noise; exec sleep 303"], env=ENV, cwd="/")
+        assert next(link.exec_events(10)) == ("stdout", b"noise\n")
+    with lab.connect() as link:
+        assert shell(link, "pkill -x -f 'sleep 303' && echo was there")[0] == "was there\n"
+
+
+def test_read_file_returns_kallsyms_whole(link: Link) -> None:
+    text = link.read_file("/proc/kallsyms")
+    assert len(text) > 4_000_000
+    assert len(text) == int(shell(link, "wc -c < /proc/kallsyms")[0])
+    assert b" T _text\n" in text
+
+
+def test_read_file_that_does_not_exist_gives_errno(link: Link) -> None:
+    with pytest.raises(DriverError, match="cannot read /nowhere") as caught:
+        link.read_file("/nowhere")
+    assert caught.value.errno == 2
+
+
+def test_driver_that_is_not_loaded_gives_errno(link: Link) -> None:
+    if shell(link, "test -e /dev/kernweave")[2].exit == 0:
+        pytest.skip("this lab has the driver")
+    with pytest.raises(DriverError) as caught:
+        link.call(b"hello")
+    assert caught.value.errno == 2
+
+
+def test_host_file_changed_is_seen_by_a_fresh_command(link: Link) -> None:
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
+        file, program = Path(folder) / "file", Path(folder) / "program"
+        for text in ("first", "and second", "3rd"):
+            file.write_text(text)
+            shutil.copy("/bin/true" if text == "first" else "/bin/echo", program)
+            out, _, status = shell(link, f"cat {file}; {program} +", fresh=True)
+            assert status.exit == 0
+            assert out == (text if text == "first" else f"{text}+\n")
+
+
+def test_guest_cannot_write_to_the_host(link: Link) -> None:
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
+        file = Path(folder) / "file"
+        file.write_text("host")
+        out, _, _ = shell(link, f"echo guest > {file}; cat {file}", fresh=True)
+        assert out == "guest\n"
+        assert file.read_text() == "host"
+
+
+def test_guest_has_what_programs_expect(link: Link) -> None:
+    script = "hostname; cat /sys/class/net/lo/operstate; ls /sys/kernel/debug /sys/kernel/tracing"
+    out, err, status = shell(link, f"{script}; echo x > /tmp/x; echo y > /dev/shm/y")
+    assert (err, status.exit) == ("", 0)
+    assert out.startswith("kernweave-lab\nunknown\n")
+    assert "available_filter_functions" in out
+
+
+def test_kernel_is_stock_with_kaslr_and_mitigations_on(link: Link) -> None:
+    command_line = link.read_file("/proc/cmdline").decode()
+    assert "nokaslr" not in command_line
+    assert "mitigations" not in command_line
+    symbols = link.read_file("/proc/kallsyms").decode().splitlines()
+    text = next(int(line.split()[0], 16) for line in symbols if line.endswith(" T _text"))
+    print(f"_text is at {text:#x}")
+    if text == 0xFFFFFFFF81000000:  # one boot of 500 or so
+        with Lab(f"test-{os.getpid()}-again", kernel="6.1").connect() as other:
+            assert other.read_file("/proc/kallsyms") != "\n".join(symbols).encode()
+
+
+def test_up_twice_is_the_same_machine(lab: Lab) -> None:
+    assert lab.up() == lab.up()
+    assert lab.running()
+    lab.connect().close()
+
+
+def test_console_has_the_whole_kernel_log(lab: Lab, link: Link) -> None:
+    shell(link, "echo '<7>needle 4711' > /dev/kmsg")
+    lab.wait_console("needle 4711")
+    assert "Linux version" in lab.log()
+    assert "Run /init" in lab.log()
+
+
+def test_panic_is_told_with_the_console() -> None:
+    lab = Lab(f"test-{os.getpid()}-panic", kernel="6.1")
+    try:
+        lab.up()
+        with lab.connect() as link:
+            with pytest.raises(KernweaveError, match="kernel panicked") as caught:
+                shell(link, "echo c > /proc/sysrq-trigger")
+            assert any("sysrq" in note for note in caught.value.notes)
+        assert not lab.running()
+        with pytest.raises(LabError, match="is down"):
+            lab.connect()
+    finally:
+        lab.down()
+
+
+def test_boot_that_fails_leaves_nothing_running() -> None:
+    lab = Lab(f"test-{os.getpid()}-bad", kernel="6.1")
+    with pytest.raises(LabError, match="panicked") as caught:
+        lab.up(kernel_args=["rdinit=/nowhere", "root=/dev/nothing"])
+    assert caught.value.notes
+    assert lab.status().state is None
+    with pytest.raises(LabError, match="did not start"):
+        lab.up(qemu_args=["-nonsense"])
+    assert lab.status().state is None
+
+
+def test_idle_lab_powers_itself_off() -> None:
+    lab = Lab(f"test-{os.getpid()}-idle", kernel="6.1")
+    try:
+        state = lab.up(kernel_args=["kernweave.idle=2"])
+        with lab.connect() as link:  # keeps it up
+            shell(link, "sleep 4")
+        lab.wait_console("kernweave: power off: idle", 20)
+        deadline = time.monotonic() + 20
+        while state.alive() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not lab.running()
+    finally:
+        lab.down()
+
+
+def test_round_trips_are_reported(lab: Lab, link: Link) -> None:
+    shell(link, "true")
+    took: dict[str, float] = {}
+    for name, action in (
+        ("exec true", lambda: link.run(["true"], env=ENV, cwd="/")),
+        ("read a small file", lambda: link.read_file("/proc/sys/kernel/ostype")),
+        ("identify", link.identify),
+    ):
+        times = []
+        for _ in range(20):
+            began = time.perf_counter()
+            action()
+            times.append(time.perf_counter() - began)
+        took[name] = sorted(times)[10]
+    began = time.perf_counter()
+    size = len(link.read_file("/proc/kallsyms"))
+    took[f"kallsyms ({size} bytes)"] = time.perf_counter() - began
+    print({name: f"{seconds * 1000:.2f} ms" for name, seconds in took.items()})
