@@ -15,16 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from driver_style import file_faults
-
 from kernweave.errors import KernweaveError
 from kernweave.lab.cache import cache_dir
-from kernweave.lab.packages import (
-    HeadersTree,
-    ToolTree,
-    fetch_headers_tree,
-    fetch_kernel,
-    fetch_tool,
-)
+from kernweave.lab.host import check_host_tools, install_line
+from kernweave.lab.packages import HeadersTree, fetch_headers_tree, fetch_kernel
+from kernweave.lab.tool import ToolTree, fetch_tool
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src/kernweave"
@@ -101,6 +96,9 @@ def compile_kmod(headers: HeadersTree, sparse: ToolTree | None) -> list[str]:
 
 def kbuild(series: str, sparse: ToolTree | None) -> bool:
     step = f"{'W=1 and sparse' if sparse else 'W=1'}, kernel {series}"
+    absent = [tool.package for tool in check_host_tools() if not tool.found]
+    if absent:
+        return skip(step, f"{', '.join(absent)} not installed", install_line(absent))
     try:
         headers = fetch_headers_tree(fetch_kernel(series, talk), talk)
     except KernweaveError as error:

@@ -2,6 +2,7 @@
 """The layout gate finds what it is there to find."""
 
 import pytest
+
 from driver_style import faults
 
 GOOD = (

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -30,7 +31,27 @@ def lab() -> Iterator[Lab]:
         print(f"booted {state.kernel} in {state.boot_seconds:.1f} s")
         yield machine
     finally:
-        machine.down()
+        discard(machine)
+
+
+def discard(machine: Lab) -> None:
+    """Take a lab down and remove what it leaves."""
+    machine.down()
+    shutil.rmtree(machine.folder)
+
+
+@pytest.fixture
+def new_lab() -> Iterator[Callable[[str], Lab]]:
+    """Make labs of a test's own, not booted; they are taken down at its end."""
+    made: list[Lab] = []
+
+    def make(suffix: str) -> Lab:
+        made.append(Lab(f"test-{os.getpid()}-{suffix}", kernel="6.1"))
+        return made[-1]
+
+    yield make
+    for machine in made:
+        discard(machine)
 
 
 @pytest.fixture

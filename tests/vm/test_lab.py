@@ -7,8 +7,11 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,8 @@ from kernweave.driver.records import ACK, HEADER, RESET, ExitStatus, Type
 from kernweave.errors import DriverError, KernweaveError, LabError
 from kernweave.lab.machine import Lab
 
+NewLab = Callable[[str], Lab]
+DEFAULT_TEXT = 0xFFFFFFFF81000000
 ENV = {"PATH": "/usr/bin:/bin", "LC_ALL": "C"}
 
 
@@ -263,16 +268,22 @@ def test_guest_has_what_programs_expect(link: Link) -> None:
     assert "available_filter_functions" in out
 
 
-def test_kernel_is_stock_with_kaslr_and_mitigations_on(link: Link) -> None:
+def test_kernel_is_stock_with_kaslr_and_mitigations_on(link: Link, new_lab: NewLab) -> None:
     command_line = link.read_file("/proc/cmdline").decode()
     assert "nokaslr" not in command_line
     assert "mitigations" not in command_line
-    symbols = link.read_file("/proc/kallsyms").decode().splitlines()
-    text = next(int(line.split()[0], 16) for line in symbols if line.endswith(" T _text"))
-    print(f"_text is at {text:#x}")
-    if text == 0xFFFFFFFF81000000:  # one boot of 500 or so
-        with Lab(f"test-{os.getpid()}-again", kernel="6.1").connect() as other:
-            assert other.read_file("/proc/kallsyms") != "\n".join(symbols).encode()
+    addr = text_addr(link)
+    print(f"_text is at {addr:#x}")
+    if addr == DEFAULT_TEXT:  # one boot in about 500
+        again = new_lab("again")
+        again.up()
+        with again.connect() as other:
+            assert text_addr(other) != DEFAULT_TEXT
+
+
+def text_addr(link: Link) -> int:
+    lines = link.read_file("/proc/kallsyms").splitlines()
+    return next(int(line.split()[0], 16) for line in lines if line.endswith(b" T _text"))
 
 
 def test_up_twice_is_the_same_machine(lab: Lab) -> None:
@@ -288,45 +299,74 @@ def test_console_has_the_whole_kernel_log(lab: Lab, link: Link) -> None:
     assert "Run /init" in lab.log()
 
 
-def test_panic_is_told_with_the_console() -> None:
-    lab = Lab(f"test-{os.getpid()}-panic", kernel="6.1")
+UP = "import sys; from kernweave.lab.machine import Lab; print(Lab(sys.argv[1], '6.1').up().pid)"
+
+
+def test_up_in_two_processes_boots_one_machine_even_after_a_killed_third(
+    lab: Lab, new_lab: NewLab
+) -> None:
+    many = new_lab("many")
+    argv = [sys.executable, "-c", UP, many.name]
+    with subprocess.Popen(argv) as killed:
+        while not (many.folder / "console.log").exists():
+            assert killed.poll() is None
+            time.sleep(0.01)
+        killed.kill()
+    processes = [subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    pids = [process.communicate(timeout=120)[0] for process in processes]
+    state = many.status().state
+    assert state is not None
+    assert pids == [f"{state.pid}\n"] * 2
+    pidfile = os.fsencode(many.folder / "qemu.pid")
+    assert sum(pidfile in arguments(path) for path in Path("/proc").glob("[0-9]*")) == 1
+    assert many.down()
+    assert not many.down()
+    assert lab.running()
+
+
+def arguments(process: Path) -> list[bytes]:
     try:
-        lab.up()
-        with lab.connect() as link:
-            with pytest.raises(KernweaveError, match="kernel panicked") as caught:
-                shell(link, "echo c > /proc/sysrq-trigger")
-            assert any("sysrq" in note for note in caught.value.notes)
-        assert not lab.running()
-        with pytest.raises(LabError, match="is down"):
-            lab.connect()
-    finally:
-        lab.down()
+        return (process / "cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return []
 
 
-def test_boot_that_fails_leaves_nothing_running() -> None:
-    lab = Lab(f"test-{os.getpid()}-bad", kernel="6.1")
+def test_panic_is_told_with_the_console(lab: Lab, new_lab: NewLab) -> None:
+    victim = new_lab("panic")
+    victim.up()
+    with victim.connect() as link:
+        with pytest.raises(KernweaveError, match="kernel panicked") as caught:
+            shell(link, "echo c > /proc/sysrq-trigger")
+        assert any("sysrq" in note for note in caught.value.notes)
+    assert not victim.running()
+    with pytest.raises(LabError, match="is down"):
+        victim.connect()
+    assert lab.running()
+
+
+def test_boot_that_fails_leaves_nothing_running(lab: Lab, new_lab: NewLab) -> None:
+    bad = new_lab("bad")
     with pytest.raises(LabError, match="panicked") as caught:
-        lab.up(kernel_args=["rdinit=/nowhere", "root=/dev/nothing"])
+        bad.up(kernel_args=["rdinit=/nowhere", "root=/dev/nothing"])
     assert caught.value.notes
-    assert lab.status().state is None
+    assert bad.status().state is None
     with pytest.raises(LabError, match="did not start"):
-        lab.up(qemu_args=["-nonsense"])
-    assert lab.status().state is None
+        bad.up(qemu_args=["-nonsense"])
+    assert bad.status().state is None
+    assert lab.running()
 
 
-def test_idle_lab_powers_itself_off() -> None:
-    lab = Lab(f"test-{os.getpid()}-idle", kernel="6.1")
-    try:
-        state = lab.up(kernel_args=["kernweave.idle=2"])
-        with lab.connect() as link:  # keeps it up
-            shell(link, "sleep 4")
-        lab.wait_console("kernweave: power off: idle", 20)
-        deadline = time.monotonic() + 20
-        while state.alive() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert not lab.running()
-    finally:
-        lab.down()
+def test_idle_lab_powers_itself_off(lab: Lab, new_lab: NewLab) -> None:
+    idle = new_lab("idle")
+    state = idle.up(kernel_args=["kernweave.idle=2"])
+    with idle.connect() as link:  # keeps it up
+        shell(link, "sleep 4")
+    idle.wait_console("kernweave: power off: idle", 20)
+    deadline = time.monotonic() + 20
+    while state.alive() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not idle.running()
+    assert lab.running()
 
 
 def test_round_trips_are_reported(lab: Lab, link: Link) -> None:

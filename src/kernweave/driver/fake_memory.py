@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+_KERNEL_HALF = 0xFFFF_8000_0000_0000
+
 
 class RefusalError(Exception):
     """A handler's negative return value; `errno` is positive."""
@@ -85,8 +87,9 @@ class Memory:
         """`size` bytes: `copy_from_kernel_nofault`.
 
         Raises:
-            RefusalError: EFAULT, one of them is not mapped.
+            RefusalError: EFAULT, one of them is not mapped; ERANGE, it is no kernel address.
         """
+        refuse_if(size > 0 and addr < _KERNEL_HALF, errno.ERANGE)
         found = bytearray()
         while len(found) < size:
             held, at = self._held(addr + len(found))

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +40,11 @@ def check_host_tools() -> list[HostTool]:
         for name, package in commands.items()
     ]
     return [*tools, HostTool("static libc", _has_static_libc(), "libc6-dev")]
+
+
+def install_line(packages: Iterable[str]) -> str:
+    """Return the command that installs Debian packages."""
+    return f"sudo apt-get install {' '.join(dict.fromkeys(packages))}"
 
 
 def _has_static_libc() -> bool:

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Stock kernels, their headers, QEMU and tools: Debian packages unpacked without root."""
+"""Stock kernels, their headers and QEMU: Debian packages unpacked in the cache, without root."""
 
 from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +32,6 @@ from kernweave.lab.cache import (
 from kernweave.lab.kmods import index_modules
 
 KERNEL_SERIES = ("6.1", "6.12", "7.2")
-TOOLS = ("sparse",)
 
 _QEMU_PACKAGES = (
     f"qemu-system-x86/{BACKPORTS}",
@@ -42,6 +40,9 @@ _QEMU_PACKAGES = (
     "seabios",
     "ipxe-qemu",
 )
+# the keys of a stamp whose paths must exist
+_KERNEL = ("vmlinuz", "modules")
+_QEMU = ("binary", "libs", "data")
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,19 +96,6 @@ class QemuTree:
     data: Path
 
 
-@dataclass(frozen=True, slots=True)
-class ToolTree:
-    """A program for development, the host's own or unpacked.
-
-    Attributes:
-        binary: the program.
-        libs: folders for LD_LIBRARY_PATH; empty if the host has all.
-    """
-
-    binary: Path
-    libs: tuple[Path, ...]
-
-
 # ---- kernels -----------------------------------------------------------------------------------
 
 
@@ -124,10 +112,22 @@ def fetch_kernel(series: str = "6.1", progress: Progress = silent) -> KernelTree
     """
     if series not in KERNEL_SERIES:
         raise UsageError(f"no kernel series {series}", help=f"use one of {_listed(KERNEL_SERIES)}")
-    stamp = packages_dir() / f"kernel-{series}.json"
-    values = fetch_once(
-        stamp, ("vmlinuz", "modules"), progress, lambda: _download_kernel(series, progress)
-    )
+    stamp = _kernel_stamp(series)
+    values = fetch_once(stamp, _KERNEL, progress, lambda: _download_kernel(series, progress))
+    return _kernel_tree(series, values)
+
+
+def fetched_kernel(series: str) -> KernelTree | None:
+    """Return the kernel of a series if it was fetched before."""
+    values = read_stamp(_kernel_stamp(series), _KERNEL)
+    return _kernel_tree(series, values) if values else None
+
+
+def _kernel_stamp(series: str) -> Path:
+    return packages_dir() / f"kernel-{series}.json"
+
+
+def _kernel_tree(series: str, values: Mapping[str, object]) -> KernelTree:
     release = str(values["release"])
     headers = read_stamp(_headers_stamp(release), ("build",))
     return KernelTree(
@@ -297,10 +297,21 @@ def fetch_qemu(progress: Progress = silent) -> QemuTree:
     Raises:
         UnsupportedError: the mirror cannot be reached, or the program does not run on this host.
     """
-    stamp = packages_dir() / "qemu.json"
-    values = fetch_once(
-        stamp, ("binary", "libs", "data"), progress, lambda: _download_qemu(progress)
-    )
+    stamp = _qemu_stamp()
+    return _qemu_tree(fetch_once(stamp, _QEMU, progress, lambda: _download_qemu(progress)))
+
+
+def fetched_qemu() -> QemuTree | None:
+    """Return the QEMU if it was fetched before."""
+    values = read_stamp(_qemu_stamp(), _QEMU)
+    return _qemu_tree(values) if values else None
+
+
+def _qemu_stamp() -> Path:
+    return packages_dir() / "qemu.json"
+
+
+def _qemu_tree(values: Mapping[str, object]) -> QemuTree:
     libs = values["libs"]
     assert isinstance(libs, list)
     return QemuTree(
@@ -352,47 +363,3 @@ def _qemu_version(binary: Path, libs: Sequence[Path]) -> str:
     if match is None:
         raise UnsupportedError(f"the fetched QEMU names no version: {shown.strip()[:80]}")
     return match[1]
-
-
-# ---- tools -------------------------------------------------------------------------------------
-
-
-def fetch_tool(name: str, progress: Progress = silent) -> ToolTree:
-    """Return a program for development: the host's, else one downloaded at the first call.
-
-    Args:
-        name: of the program and of its Debian package, one of TOOLS.
-        progress: is called with one line per step.
-
-    Raises:
-        UsageError: the name is none of TOOLS.
-        UnsupportedError: the mirror cannot be reached, or its package holds no such program.
-    """
-    if name not in TOOLS:
-        raise UsageError(f"no tool {name}", help=f"use one of {_listed(TOOLS)}")
-    there = shutil.which(name)
-    if there is not None:
-        return ToolTree(Path(there), ())
-    stamp = packages_dir() / f"tool-{name}.json"
-    values = fetch_once(stamp, ("binary", "libs"), progress, lambda: _download_tool(name, progress))
-    libs = values["libs"]
-    assert isinstance(libs, list)
-    return ToolTree(Path(str(values["binary"])), tuple(map(Path, libs)))
-
-
-def _download_tool(name: str, progress: Progress) -> Values:
-    apt = series_apt("6.1", progress)
-    with unpack_aside() as (debs, root):
-        progress(f"downloading {name}")
-        apt.download_missing([name], CODENAME, debs)
-        progress(f"unpacking {name}")
-        packages = unpack(debs.iterdir(), root)
-        if not (root / "usr/bin" / name).is_file():
-            raise UnsupportedError(f"the package {name} holds no program of that name")
-        final = tree_dir(name, packages[name])
-        settle(root, final)
-    return {
-        "binary": str(final / "usr/bin" / name),
-        "libs": [str(folder) for folder in library_folders(final)],
-        "packages": [f"{package}={version}" for package, version in packages.items()],
-    }

@@ -135,7 +135,7 @@ class KernelView:
         self.sites = read_sites(
             driver.read,
             [self._table_spans, *(_kmod_spans(row) for row in kmods)],
-            [*self._static_ranges, *_in_use(kprobes, placed)],
+            [*self._static_ranges, _own_text(kmods), *_in_use(kprobes, placed)],
             (records, self._busy_records(np.setdiff1d(records, ours))),
             _u64([addr for name in RETURN_THUNKS for addr in self._kernel.find(name)]),
         )
@@ -176,6 +176,12 @@ def _overlay(code: bytes, start: int, addr: int, original: bytes) -> bytes:
         if 0 <= addr + i - start < len(text):
             text[addr + i - start] = byte
     return bytes(text)
+
+
+def _own_text(kmods: Rows) -> Ranges:
+    """The driver's own code: it must not run its own counters while it changes text."""
+    own = kmods[kmods["name"] == b"kernweave"]
+    return make_ranges(Reason.DENYLIST, own["text_start"], own["text_end"])
 
 
 def _in_use(kprobes: Rows, placed: Rows) -> list[Ranges]:

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""`kernweave count`: how often does each point run?"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from typing import Any
+
+import click
+
+from kernweave import connect
+from kernweave.cli.output import print_error, print_json, print_table, progress
+from kernweave.errors import UsageError
+from kernweave.session.attachment import Attachment, Count
+from kernweave.session.session import Completed, Session
+
+END_SCHEMA = "kernweave.end/1"
+_SHOWN_ROWS = 30
+
+#: options whose mechanism is not there yet
+_LATER = ("--scope", "--syscall", "--root", "--pid")
+
+
+class _CountCommand(click.Command):
+    """Takes the command behind `--` along, which click must not parse."""
+
+    def make_context(
+        self,
+        info_name: str | None,
+        args: list[str],
+        parent: click.Context | None = None,
+        **extra: Any,
+    ) -> click.Context:
+        for option in args:
+            if option.split("=", 1)[0] in (*_LATER, "--follow", "-o"):
+                raise click.UsageError(f"{option.split('=', 1)[0]} is not there yet")
+        return super().make_context(info_name, args, parent, **extra)
+
+
+def _engine(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    if value == "weave":
+        raise click.UsageError("--engine weave is not there yet")
+    return value
+
+
+@click.command(cls=_CountCommand)
+@click.argument("points", nargs=-1, required=True, metavar="POINT...")
+@click.option("--for", "seconds", type=float, metavar="SECONDS", help="Count for so long.")
+@click.option("--partial", is_flag=True, help="Place what can be placed, refuse the rest.")
+@click.option("--tactic", metavar="A,B", help="Allow only these tactics: nop5, jmp32.")
+@click.option("--no-trap", is_flag=True, help="Never trap (no tactic does so far).")
+@click.option(
+    "--engine",
+    type=click.Choice(["auto", "splice", "weave"]),
+    default="auto",
+    callback=_engine,
+    help="How to instrument.",
+)
+@click.option("--all", "every", is_flag=True, help="Print every row, not the first 30.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
+@click.pass_obj
+def count(
+    obj: dict[str, Any],
+    points: tuple[str, ...],
+    seconds: float | None,
+    partial: bool,
+    tactic: str | None,
+    no_trap: bool,
+    engine: str,
+    every: bool,
+    as_json: bool,
+) -> int:
+    """Count how often each POINT runs, in the whole system, while CMD runs.
+
+    \b
+    Examples:
+      kernweave count vfs_read -- dd if=/dev/zero of=/dev/null count=1000
+      kernweave count 'vfs_read@blocks' --for 2
+      kernweave count vfs_read+0x31 'tcp_*' --json -- curl localhost
+    \b
+    POINT:  [kmod:]function[#N][+0xOFF | @selector]  or  0xADDR
+            selectors: entry (default) return insns blocks calls
+    \b
+    CMD follows `--`, runs on the target, and its exit status is passed on. Without CMD and
+    --for, counting goes on until Ctrl-C.
+    """  # noqa: D301
+    if seconds is not None and seconds <= 0:
+        raise UsageError(f"--for {seconds:g} is no time", help="give a number of seconds above 0")
+    tactics = tactic.split(",") if tactic else None
+    with connect(obj["target"], progress=progress) as session:
+        hits = session.count(*points, partial=partial, tactics=tactics)
+        with hits:
+            done = _wait(session, obj["command"], seconds)
+        report = _print_json if as_json else _print_human
+        report(session, hits, done, every)
+    if hits.unrestored:
+        print_error(
+            f"{len(hits.unrestored)} sites are armed by somebody else and stay for now",
+            help="they are restored by themselves when the other side leaves",
+        )
+    return _status(done, hits)
+
+
+def _status(done: Completed | None, hits: Attachment) -> int:
+    if hits.unrestored:
+        return 125 if done else 1
+    return done.exit if done else 0
+
+
+def _wait(session: Session, command: list[str] | None, seconds: float | None) -> Completed | None:
+    if command:
+        return session.run(command, limit_s=seconds)
+    session.sleep(seconds)
+    return None
+
+
+def end_row(session: Session, hits: Attachment, done: Completed | None) -> dict[str, Any]:
+    """The object of kernweave.end/1."""
+    command = None
+    if done is not None:
+        command = {"argv": done.argv, "exit": done.exit, "signal": done.signal}
+    return {
+        "schema": END_SCHEMA,
+        "requested": len(hits.placed) + len(hits.refused),
+        "placed": len(hits.placed),
+        "refused": [
+            {"point": one.point, "reason": one.reason.value, "detail": one.detail}
+            for one in hits.refused
+        ],
+        "tactics": hits.tactics(),
+        "hits": int(hits.hits().sum()),
+        "missed": 0,
+        "in_flight": 0,
+        "evicted": hits.evicted,
+        "text_restored": hits.text_restored,
+        "unrestored": [f"{addr:#x}" for addr in hits.unrestored],
+        "duration_ns": hits.duration_ns,
+        "command": command,
+        "target": session.target,
+        "kernel": session.kernel,
+    }
+
+
+def _print_json(session: Session, hits: Attachment, done: Completed | None, every: bool) -> None:
+    for row in hits.rows():
+        print_json(row)
+    print_json(end_row(session, hits, done))
+    sys.stdout.flush()
+
+
+def _print_human(session: Session, hits: Attachment, done: Completed | None, every: bool) -> None:
+    rows = sorted(hits.rows(), key=lambda row: -row.hits)
+    shown = rows if every else rows[:_SHOWN_ROWS]
+    cells = [(_hits(row), row.point, row.tactic) for row in shown]
+    print_table(("hits", "point", "tactic"), cells, (True, False, False))
+    if len(shown) < len(rows):
+        print(f"... {len(rows) - len(shown):,} more rows: add --all")
+    _print_refused(hits)
+    print(_summary(hits))
+
+
+def _hits(row: Count) -> str:
+    return f"{row.hits:,}" if row.exact else f">={row.hits:,}"
+
+
+def _print_refused(hits: Attachment) -> None:
+    reasons = Counter(one.reason.value for one in hits.refused)
+    for reason, number in reasons.most_common():
+        examples = [one for one in hits.refused if one.reason == reason]
+        names = ", ".join(one.point for one in examples[:2])
+        more = ", ..." if number > 2 else ""
+        print(f"refused {number:,} ({reason}): {examples[0].detail}")
+        print(f"    {names}{more}")
+
+
+def _summary(hits: Attachment) -> str:
+    used = ", ".join(f"{tactic} {number:,}" for tactic, number in hits.tactics().items())
+    text = "text restored" if hits.text_restored else "TEXT NOT RESTORED"
+    evicted = f", {hits.evicted} given back to ftrace" if hits.evicted else ""
+    total = len(hits.placed) + len(hits.refused)
+    noun = "point" if total == 1 else "points"
+    return f"{total:,} {noun}: {used}; {len(hits.refused):,} refused, 0 missed{evicted}; {text}"

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What the commands print: errors, progress, tables, JSON lines."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from typing import IO, Any
+
+import msgspec
+
+
+def print_error(message: str, notes: Iterable[str] = (), help: str | None = None) -> None:
+    """Print one error in the form `error:`, `note:`, `help:` on standard error."""
+    lines = [f"error: {message}", *(f"  note: {note}" for note in notes)]
+    if help:
+        lines.append(f"  help: {help}")
+    print("\n".join(lines), file=sys.stderr, flush=True)
+
+
+def progress(line: str) -> None:
+    """Print one step of slow work on standard error."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def print_json(value: Any, stream: IO[str] | None = None) -> None:
+    """Print one object as one line."""
+    (stream or sys.stdout).write(msgspec.json.encode(value).decode() + "\n")
+
+
+def print_table(
+    headers: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[bool]
+) -> None:
+    """Print columns two blanks apart; `right` says which are flush right."""
+    widths = [
+        max(len(header), *(len(row[i]) for row in rows)) if rows else len(header)
+        for i, header in enumerate(headers)
+    ]
+    for row in (headers, *rows):
+        cells = [
+            cell.rjust(width) if flush else cell.ljust(width)
+            for cell, width, flush in zip(row, widths, right, strict=True)
+        ]
+        print("  ".join(cells).rstrip())
