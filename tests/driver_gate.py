@@ -109,7 +109,7 @@ def kbuild(series: str, sparse: ToolTree | None) -> bool:
 def warnings() -> bool:
     """Check the guest's programs, which are ordinary C."""
     if shutil.which("gcc") is None:
-        return skip("gcc -Wall -Wextra", "gcc is not installed", "kernweave doctor")
+        return skip("gcc -Wall -Wextra", "gcc is not installed", install_line(["gcc"]))
     agent = PACKAGE / "driver/csrc/agent"
     sources = map(str, [*agent.glob("*.c"), *(PACKAGE / "lab/csrc").glob("*.c")])
     argv = ["gcc", "-fsyntax-only", "-O2", "-Wall", "-Wextra", f"-I{agent}", *sources]

@@ -17,7 +17,7 @@ HEADER = Path(uapi.__file__).parent / "csrc" / "kmod" / "kw_uapi.h"
 NOT_FOR_PYTHON = {"KW_UAPI_H", "KW_IOC_CALL"}  # include guard; only the agent calls ioctl
 RENAMED = {"VERSION": "KW_UAPI_VERSION"}
 
-Numbers = dict[str, tuple[int, ...]]
+Numbers = dict[str, tuple[int, int]]
 
 
 def c_names(header: str) -> tuple[dict[str, list[str]], list[str]]:

@@ -356,6 +356,19 @@ def test_boot_that_fails_leaves_nothing_running(lab: Lab, new_lab: NewLab) -> No
     assert lab.running()
 
 
+def test_driver_that_does_not_load_leaves_nothing_running(
+    lab: Lab, new_lab: NewLab, tmp_path: Path
+) -> None:
+    kmod = tmp_path / "bad.ko"
+    kmod.write_bytes(b"nonsense")
+    bad = new_lab("bad-driver")
+    with pytest.raises(LabError, match="driver does not load") as caught:
+        bad.up(kmod=kmod)
+    assert any("Exec format error" in note for note in caught.value.notes)
+    assert bad.status().state is None
+    assert lab.running()
+
+
 def test_idle_lab_powers_itself_off(lab: Lab, new_lab: NewLab) -> None:
     idle = new_lab("idle")
     state = idle.up(kernel_args=["kernweave.idle=2"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -78,6 +79,17 @@ class Code:
     room: npt.NDArray[np.uint8]
     return_thunks: npt.NDArray[np.uint64]
 
+    @cached_property
+    def entries(self) -> npt.NDArray[np.int64]:
+        """int64[parts]: row where calls of each part arrive, behind endbr64; -1 if it is empty."""
+        numbers = np.arange(len(self.parts))
+        first = np.searchsorted(self.part, numbers)
+        last = np.searchsorted(self.part, numbers, side="right") - 1
+        row = np.minimum(first, max(len(self.part) - 1, 0))
+        if len(self.part):
+            first = first + (((self.trait[row] & Trait.ENDBR) != 0) & (last > first))
+        return np.where(last >= first, first, -1)
+
     def rows_at(self, addrs: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
         """int64[m]: row of the instruction that starts at each address, -1 if none does."""
         order = np.argsort(self.addr, kind="stable")
@@ -129,7 +141,7 @@ def _targets(columns: Decoded, sites: Sites) -> npt.NDArray[np.uint64]:
 
 def _padding(columns: Decoded, targeted: Mask, first: Mask) -> Mask:
     """Filler that control never reaches: int3, and nops behind the end of a flow."""
-    filler = ((columns.trait & (Trait.NOP | Trait.INT3)) != 0) & ~targeted & ~first
+    filler: Mask = ((columns.trait & (Trait.NOP | Trait.INT3)) != 0) & ~targeted & ~first
     opens = filler.copy()
     opens[1:] &= ~filler[:-1]
     starts = np.flatnonzero(opens)

@@ -8,28 +8,17 @@ import numpy.typing as npt
 
 from kernweave.analysis.code import Code
 from kernweave.model.point import Selector
-from kernweave.x86.decode import Flow, Trait
+from kernweave.x86.decode import Flow
 
 Mask = npt.NDArray[np.bool_]
 Rows = npt.NDArray[np.int64]
 
 
-def entry_row(code: Code, part: int) -> int:
-    """Row where calls of a part arrive: its first instruction after endbr64, -1 if it has none."""
-    rows = np.flatnonzero(code.part == part)
-    if not len(rows):
-        return -1
-    first = int(rows[0])
-    if code.trait[first] & Trait.ENDBR and len(rows) > 1:
-        return first + 1
-    return first
-
-
 def select_rows(code: Code, parts: list[int], selector: Selector) -> Rows:
     """Rows of the points that `selector` means in `parts`, ascending by row."""
     if selector is Selector.ENTRY:
-        found = [entry_row(code, part) for part in parts]
-        return np.array([row for row in found if row >= 0], np.int64)
+        found = code.entries[parts]
+        return found[found >= 0]
     inside = np.isin(code.part, parts)
     return np.flatnonzero(inside & _SELECT[selector](code))
 

@@ -30,6 +30,10 @@ from kernweave.lab.state import (
 
 READY = "kernweave: GUEST-UP"
 
+_TROUBLE = re.compile(
+    r"WARNING:|BUG:|Oops|ftrace bug|general protection|rcu:.*stall|soft lockup|Call Trace"
+    r"|Kernel panic"
+)
 _BOOT_LIMIT_S = 60.0
 _DYING_S = 3.0  # between the end of a connection and that of a dying QEMU
 _TAIL_LINES = 15
@@ -136,6 +140,10 @@ class Lab:
             return (self.folder / "console.log").read_text(errors="replace").replace("\r", "")
         except FileNotFoundError:
             return ""
+
+    def trouble(self) -> list[str]:
+        """Return the lines of the kernel log that tell of a warning, bug, oops or stall."""
+        return [line for line in self.log().splitlines() if _TROUBLE.search(line)]
 
     def wait_console(self, text: str, timeout: float = 10.0) -> None:
         """Wait until the console shows a text.

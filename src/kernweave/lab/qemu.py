@@ -77,7 +77,7 @@ def command_line(
         *(str(qemu.binary), "-L", str(qemu.data), "-name", f"kernweave-{folder.name}"),
         *("-daemonize", "-pidfile", str(folder / "qemu.pid")),
         *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
-        *("-accel", "tcg,thread=multi", "-cpu", "max"),
+        *("-accel", f"tcg,thread={'multi' if hardware.smp > 1 else 'single'}", "-cpu", "max"),
         *("-smp", str(hardware.smp), "-m", f"{hardware.memory_mib}M"),
         *("-kernel", str(kernel.vmlinuz), "-initrd", str(initramfs)),
         *("-append", kernel_command_line(hardware)),

@@ -90,6 +90,11 @@ class Attachment:
         return self._inside.plan
 
     @property
+    def site(self) -> npt.NDArray[np.int64]:
+        """int64[m], row of `plan` that serves each placed point."""
+        return self._inside.site
+
+    @property
     def attached(self) -> bool:
         """Whether the counters are still in the kernel."""
         return self._hits is None

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kernweave.analysis.code import Code, Part, build_code
-from kernweave.analysis.expand import entry_row, select_rows
+from kernweave.analysis.expand import select_rows
 from kernweave.errors import Reason
 from kernweave.image.sites import contains
 from kernweave.image.symbols import Symbols
@@ -21,6 +20,7 @@ from kernweave.session.view import KernelView
 
 _ENDBR_BYTES = 4
 _NOP_BYTES = 5
+_KEPT_FILLER = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,6 @@ class Resolver:
         self._full: dict[int, Named] = {}  # parts to decode whole, by start
         self._entry: dict[int, Named] = {}  # parts of which only the entry is wanted
         self._cold: dict[int, list[Named]] = {}
-        self._printed: dict[str, Counter[int]] = {}
         self._refused: list[Refused] = []
         self._refused_explicit = 0
 
@@ -79,11 +78,9 @@ class Resolver:
         points: list[Point] = []
         explicit: list[bool] = []
         for point, row, is_explicit in self._expand(wanted, code):
-            known = rows.setdefault((point.addr, point.kind), len(points))
-            if known == len(points):
+            if rows.setdefault((point.addr, point.kind), len(points)) == len(points):
                 points.append(point)
                 explicit.append(is_explicit)
-                rows[point.addr, point.kind] = known
                 self._rows.append(row)
         return Resolved(
             code,
@@ -156,10 +153,13 @@ class Resolver:
         if image.kmod:
             addrs, prefix = image.find(symbol), f"{image.kmod}:"
         else:
-            addrs = [other for one in self._view.images for other in one.find(symbol)]
+            addrs = self._all_named(symbol)
             prefix = ""
         number = f"#{sorted(addrs).index(addr) + 1}" if len(addrs) > 1 else ""
         return Named(image, symbol, f"{prefix}{symbol}{number}", addr, bounds[1])
+
+    def _all_named(self, symbol: str) -> list[int]:
+        return [addr for image in self._view.images for addr in image.find(symbol)]
 
     def _refuse(self, spec: PointSpec, reason: Reason, detail: str) -> None:
         self._refused.append(Refused(spec.text, reason, detail))
@@ -197,7 +197,7 @@ class Resolver:
     def _text(self, parts: Sequence[Named]) -> list[bytes]:
         starts = np.array([one.start for one in parts], np.uint64)
         ends = np.array([self._read_end(one) for one in parts], np.uint64)
-        return self._view.read_text(starts, ends)
+        return [_trim(text) for text in self._view.read_text(starts, ends)]
 
     def _read_end(self, named: Named) -> int:
         """For an entry that is an ftrace nop its bytes are all that is needed."""
@@ -239,9 +239,6 @@ class Resolver:
     def _expand(
         self, wanted: Sequence[tuple[PointSpec, list[Named]]], code: Code
     ) -> list[tuple[Point, int, bool]]:
-        first = {}
-        for part in range(len(code.parts)):
-            first[part] = -2
         found: list[tuple[Point, int, bool]] = []
         for spec, named in wanted:
             for one in named:
@@ -267,6 +264,12 @@ class Resolver:
         return KIND_OF[spec.selector], select_rows(code, parts, spec.selector)
 
 
+def _trim(text: bytes) -> bytes:
+    """Text without the filler up to the next symbol, which may be megabytes."""
+    # some of it stays, in case the last instruction ends in such bytes
+    return text[: len(text.rstrip(b"\xcc")) + _KEPT_FILLER]
+
+
 def _end(image: Symbols, addr: int) -> int:
     bounds = image.bounds(addr)
     return bounds[1] if bounds else addr
@@ -276,14 +279,9 @@ def _point(code: Code, row: int, kind: Kind) -> Point:
     part_row = int(code.part[row])
     part = code.parts[part_row]
     offset = int(code.addr[row]) - part.start
-    at_entry = part.group == part.start and _is_entry(code, part_row, row)
+    at_entry = part.group == part.start and int(code.entries[part_row]) == row
     text = format_point(part.name, offset, kind, at_entry=at_entry)
     return Point(text, part.symbol, part.kmod, offset, int(code.addr[row]), kind)
-
-
-def _is_entry(code: Code, part: int, row: int) -> bool:
-    offset = int(code.addr[row]) - code.parts[part].start
-    return offset <= _ENDBR_BYTES and entry_row(code, part) == row
 
 
 def _boundaries(code: Code, named: Named, addr: int) -> str:

@@ -161,7 +161,7 @@ static void processes(void)
 			if (i == 0)
 				execl("/bin/true", "true", NULL);
 			if (i == 1)
-				*(volatile int *)8 = 1;
+				raise(SIGSEGV);
 			pause();
 			_exit(1);
 		}

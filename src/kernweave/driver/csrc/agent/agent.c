@@ -35,7 +35,7 @@ static int port = -1, driver = -1;
 static struct kw_port *shared;
 static enum state state;
 
-static unsigned char *in;		/* received, not yet taken; payload + header + end at most */
+static unsigned char *in; /* received, not yet taken; payload + header + end at most */
 static size_t in_len;
 #define IN_MAX	(sizeof(struct kw_record) + KW_PAYLOAD_MAX + 1)
 

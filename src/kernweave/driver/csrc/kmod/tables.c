@@ -15,6 +15,8 @@ static void kw_span(struct kw_range *r, const void *start, size_t bytes)
 
 static void kw_fill_kmod(struct kw_kmod *k, struct module *m)
 {
+	struct mod_kallsyms *syms;
+
 	memset(k, 0, sizeof(*k));
 	strscpy(k->name, m->name, sizeof(k->name));
 #ifdef KW_HAVE_MOD_MEM
@@ -24,10 +26,12 @@ static void kw_fill_kmod(struct kw_kmod *k, struct module *m)
 	k->text_start = (unsigned long)m->core_layout.base;
 	k->text_end = k->text_start + m->core_layout.text_size;
 #endif
-	if (m->kallsyms) {
-		k->symtab = (unsigned long)m->kallsyms->symtab;
-		k->strtab = (unsigned long)m->kallsyms->strtab;
-		k->symbols = m->kallsyms->num_symtab;
+	/* module_mutex is held; the pointer changes only while the kmod loads */
+	syms = rcu_dereference_protected(m->kallsyms, true);
+	if (syms) {
+		k->symtab = (unsigned long)syms->symtab;
+		k->strtab = (unsigned long)syms->strtab;
+		k->symbols = syms->num_symtab;
 	}
 	kw_span(&k->jump_labels, m->jump_entries,
 		m->num_jump_entries * sizeof(struct jump_entry));

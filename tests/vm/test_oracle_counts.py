@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Counters against the oracle: all equal in a migration storm, and each seeded fault is seen."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import kernweave
+from kernweave.model.plan import Plan, Tactic
+from kernweave.session.session import Session
+from oracle.counts import (
+    Fault,
+    Measured,
+    arrivals,
+    counter_at,
+    differences,
+    measure,
+    overwrite,
+    per_cpu,
+)
+from oracle.lab import OracleLab, no_trouble, oracle_lab, storm
+from oracle.oracle import Counts, pack_codes
+
+SEED = 20240607
+HOT = 100_000
+MODES = {"default": (), "preempt=full": ("preempt=full",)}
+RESULTS = Path(__file__).parents[2] / "bench" / "results" / "oracle.json"
+
+POINTS = {
+    "vfs": [
+        "vfs_read@insns", "ksys_read@blocks", "vfs_write@blocks", "vfs_statx@blocks", "fput",
+        "dput@blocks", "do_sys_openat2@blocks", "lookup_fast@return",
+    ],
+    "mm": [
+        "read_zero@insns", "handle_mm_fault@insns", "__handle_mm_fault@blocks",
+        "mmap_region@blocks", "kmem_cache_alloc@calls", "__alloc_pages@blocks",
+    ],
+    "sched": [
+        "try_to_wake_up@blocks", "update_load_avg@blocks", "__sched_setaffinity@insns",
+        "enqueue_task_fair@blocks", "finish_task_switch.isra.0@blocks",
+    ],
+    "net": [
+        "unix_stream_sendmsg@blocks", "unix_stream_read_generic@blocks", "udp_sendmsg@blocks",
+        "ip_rcv", "sock_def_readable@insns",
+    ],
+    "pipe": ["pipe_read@insns", "pipe_write@blocks"],
+    "timers": [
+        "hrtimer_interrupt@blocks", "__hrtimer_run_queues@blocks", "hrtimer_start_range_ns@blocks",
+        "tick_sched_timer", "handle_edge_irq@blocks",
+    ],
+    "futex": ["futex_wait@blocks", "futex_wake@insns", "get_futex_key@calls"],
+    "process": ["copy_process@calls", "do_exit@calls", "__do_sys_getppid"],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=list(MODES))
+def machine(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[OracleLab]:
+    mode = request.param
+    folder = tmp_path_factory.mktemp("counts")
+    with oracle_lab(mode.replace("=", "-"), folder, MODES[mode]) as booted:
+        if mode == "preempt=full":
+            assert "Dynamic Preempt: full" in booted.lab.log()
+        yield booted
+
+
+@pytest.fixture(autouse=True)
+def quiet(machine: OracleLab) -> Iterator[None]:
+    with no_trouble(machine):
+        yield
+
+
+def count(
+    machine: OracleLab, points: Sequence[str], rounds: int, fault: Fault | None = None
+) -> Measured:
+    print(f"seed {SEED}")
+    with kernweave.connect(machine.target, progress=print) as k:
+        command = storm(SEED, rounds, spawns=4)
+        return measure(machine, k, points, lambda: _run(k, command), fault)
+
+
+def _run(k: Session, command: list[str]) -> None:
+    done = k.run(command, capture=True)
+    assert (done.exit, done.stderr) == (0, b"")
+
+
+def test_counts_in_a_migration_storm_equal_the_oracle(
+    machine: OracleLab, request: pytest.FixtureRequest
+) -> None:
+    measured = count(machine, [point for group in POINTS.values() for point in group], 320)
+    assert differences(measured) == []
+    row = _summary(machine, measured, request.node.callspec.params["machine"])
+    print(json.dumps(row))
+    assert row["points"] >= 200
+    assert row["functions"] >= 20
+    assert len(row["subsystems"]) >= 6
+    assert row["hit"] >= 150
+    assert row["over_100k"] >= 10
+    assert row["entries_checked_by_native_code"] == row["tactics"]["nop5"]
+    for hits, cpus in zip(arrivals(measured).values(), per_cpu(measured).values(), strict=True):
+        assert sum(cpus) == hits
+        assert hits < HOT or min(cpus) > HOT // 100
+    if os.environ.get("KERNWEAVE_RECORD") == "1":
+        _record(row)
+
+
+def _summary(machine: OracleLab, measured: Measured, mode: str) -> dict[str, Any]:
+    counts = np.array(list(arrivals(measured).values()))
+    sites = measured.sites.values()
+    entries = [site for site in sites if site.tactic is Tactic.NOP5]
+    return {
+        "mode": mode,
+        "kernel": machine.release,
+        "qemu": machine.qemu,
+        "seed": SEED,
+        "subsystems": sorted(POINTS),
+        "functions": len(measured.functions),
+        "points": len(sites),
+        "tactics": {"nop5": len(entries), "jmp32": len(sites) - len(entries)},
+        "entries_checked_by_native_code": sum(not site.entered_behind for site in entries),
+        "hit": int((counts > 0).sum()),
+        "over_100k": int((counts > HOT).sum()),
+        "hits": int(counts.sum()),
+        "equal": not differences(measured),
+    }
+
+
+def _record(row: dict[str, Any]) -> None:
+    rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    kept = [other for other in rows if other["mode"] != row["mode"]]
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps([*kept, row], indent=1) + "\n")
+
+
+# ---- seeded faults -----------------------------------------------------------------------------
+
+FAULT_POINTS = ["vfs_read@insns", "vfs_rename@insns"]
+NOP_LIKE_INC = bytes.fromhex("0f1f440000")
+in_default_mode = pytest.mark.parametrize("machine", ["default"], indirect=True)
+
+
+@pytest.fixture(scope="module")
+def healthy(machine: OracleLab) -> Measured:
+    return count(machine, FAULT_POINTS, 5)
+
+
+def _hottest(healthy: Measured, tactic: Tactic) -> int:
+    seen = arrivals(healthy)
+    return max(
+        (addr for addr in seen if healthy.sites[addr].tactic is tactic), key=seen.__getitem__
+    )
+
+
+def _neighbours(healthy: Measured) -> tuple[int, int]:
+    """Return two places next to each other, one of them hot, the other never reached."""
+    seen = arrivals(healthy)
+    pairs = itertools.pairwise(seen)
+    return max(pairs, key=lambda pair: abs(seen[pair[0]] - seen[pair[1]]))
+
+
+def counter_in_the_neighbouring_block(healthy: Measured, plan: Plan) -> Plan:
+    holes = [counter_at(plan, addr)[0] for addr in _neighbours(healthy)]
+    mine, other = (plan.code[hole : hole + 8] for hole in holes)
+    return overwrite(plan, (holes[0], other), (holes[1], mine))
+
+
+def counter_dropped(healthy: Measured, plan: Plan) -> Plan:
+    _, inc, end = counter_at(plan, _hottest(healthy, Tactic.JMP32))
+    assert end - inc == len(NOP_LIKE_INC)
+    return overwrite(plan, (inc, NOP_LIKE_INC))
+
+
+def counter_counts_twice(healthy: Measured, plan: Plan) -> Plan:
+    _, inc, end = counter_at(plan, _hottest(healthy, Tactic.NOP5))
+    back = int.from_bytes(plan.code[end + 1 : end + 5], "little", signed=True)
+    assert plan.code[end : end + 1] == b"\xe9"
+    moved = b"\xe9" + (back - (end - inc)).to_bytes(4, "little", signed=True)
+    return overwrite(plan, (end, plan.code[inc:end] + moved))
+
+
+def counter_one_slot_off(healthy: Measured, plan: Plan) -> Plan:
+    _, _, end = counter_at(plan, _hottest(healthy, Tactic.JMP32))
+    return overwrite(plan, (end - 1, b"\x08"))
+
+
+def counters_read_one_slot_off(healthy: Measured, plan: Plan) -> Plan:
+    return replace(plan, counter=np.roll(plan.counter, 1))
+
+
+def branch_targets_swapped(healthy: Measured, plan: Plan) -> Plan:
+    """Swap them where nobody comes by: a wrong branch in use would end the machine."""
+    for addr, seen in arrivals(healthy).items():
+        site = healthy.sites[addr]
+        at = int(plan.copy[plan.addr.tolist().index(addr)]) - plan.base
+        if seen or site.native[:1] != b"\x0f" or plan.code[at + 1] & 0xF0 != 0x80:
+            continue
+        there, back = (
+            int.from_bytes(plan.code[off : off + 4], "little", signed=True)
+            for off in (at + 2, at + 7)
+        )
+        swapped = (back + 5).to_bytes(4, "little", signed=True)
+        return overwrite(
+            plan, (at + 2, swapped), (at + 7, (there - 5).to_bytes(4, "little", signed=True))
+        )
+    raise AssertionError("no conditional branch that is never reached")
+
+
+FAULTS: list[Callable[[Measured, Plan], Plan]] = [
+    counter_in_the_neighbouring_block,
+    counter_dropped,
+    counter_counts_twice,
+    counter_one_slot_off,
+    counters_read_one_slot_off,
+    branch_targets_swapped,
+]
+
+
+@in_default_mode
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_seeded_fault_is_seen(
+    machine: OracleLab, healthy: Measured, fault: Callable[[Measured, Plan], Plan]
+) -> None:
+    measured = count(machine, FAULT_POINTS, 5, lambda plan: fault(healthy, plan))
+    found = differences(measured)
+    print("\n".join(found))
+    assert 1 <= len(found) <= len(measured.hits)
+
+
+@in_default_mode
+def test_small_differences_are_seen(machine: OracleLab, healthy: Measured) -> None:
+    assert differences(healthy) == []
+    for key, hits in healthy.hits.items():
+        for off in (-1, 1):
+            assert differences(replace(healthy, hits={**healthy.hits, key: hits + off}))
+    # as if the originals had been executed all the time
+    assert differences(replace(healthy, inside=native_executed(healthy)))
+
+
+def native_executed(healthy: Measured) -> Counts:
+    site = healthy.sites[_hottest(healthy, Tactic.JMP32)]
+    length, code = pack_codes([site.native])
+    one, cpus = np.ones(1, np.uint64), np.array([[1, 0]], np.uint64)
+    return Counts(np.array([site.addr], np.uint64), length, code, one, cpus)
