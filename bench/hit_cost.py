@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from record import record
+from _record import record
 
 import kernweave
 from kernweave.lab.build import build_static

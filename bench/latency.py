@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from record import record, summary
+from _record import record, summary
 
 import kernweave
 from kernweave.lab.machine import Lab

@@ -29,6 +29,8 @@ def mem(
 ) -> MemoryOperand:
     """A memory operand with a 32-bit displacement; `base` RIP makes `disp` the address."""
     size = 4 if base == Register.NONE else 8
+    if disp >= 1 << 63:
+        disp -= 1 << 64
     return MemoryOperand(base, index, scale, disp, size, False, segment)  # type: ignore[arg-type]
 
 
@@ -63,7 +65,8 @@ class Program:
 def program(addr: int, *items: Item) -> Program:
     """Encode a program: instructions, branches, labels (str) and raw bytes."""
     labels: dict[str, int] = {}
-    code, at = b"", []
+    at: list[int] = []
+    code = b""
     for last in (False, True):  # sizes do not depend on where a branch leads
         code, at = b"", []
         for item in items:

@@ -14,6 +14,7 @@ from kernweave.x86.decode import (
     FLAGS_MASK,
     FLAGS_SHIFT,
     REG_NAMES,
+    Decoded,
     Flow,
     Trait,
     decode,
@@ -22,6 +23,10 @@ from kernweave.x86.decode import (
 ADDR = 0xFFFF_FFFF_8123_4560
 MEMORY = mem(Register.RSI, disp=0x1000)
 RIP_MEMORY = mem(Register.RIP, disp=ADDR + 0x1000)
+
+
+def decoded(code: bytes, addr: int = ADDR) -> Decoded:
+    return decode([(addr, code)])
 
 
 def names(mask: int) -> str:
@@ -81,13 +86,13 @@ def test_masks_cover_registers_and_flags() -> None:
 def test_decode_of_instruction_names_what_it_reads_and_kills(
     instruction: Instruction, reads: str, writes: str
 ) -> None:
-    found = decode(assemble(ADDR, instruction), ADDR)
+    found = decoded(assemble(ADDR, instruction))
     assert (names(found.reads[0]), names(found.writes[0])) == (reads, writes)
 
 
 def test_decode_of_repeated_string_store_kills_nothing() -> None:
     store = Instruction.create_rep_stosq(64)
-    found = decode(assemble(ADDR, store), ADDR)
+    found = decoded(assemble(ADDR, store))
     assert set(names(found.reads[0]).split()) >= {"rax", "rcx", "rdi"}
     assert found.writes[0] == 0
 
@@ -108,7 +113,7 @@ def test_decode_of_repeated_string_store_kills_nothing() -> None:
     ids=str,
 )
 def test_decode_tells_how_control_goes_on(instruction: Instruction, flow: Flow) -> None:
-    found = decode(assemble(ADDR, instruction), ADDR)
+    found = decoded(assemble(ADDR, instruction))
     assert (found.flow[0], found.target[0]) == (flow, 0)
 
 
@@ -116,17 +121,17 @@ def test_decode_gives_targets_as_addresses() -> None:
     code = program(
         ADDR, "top", jmp("end"), jcc("ne", "top"), call("end"), jmp_short("top"), "end", RET
     )
-    found = decode(code.code, ADDR)
+    found = decoded(code.code)
     assert found.flow.tolist() == [Flow.JUMP, Flow.BRANCH, Flow.CALL, Flow.JUMP, Flow.RETURN]
     end = code.labels["end"]
     assert found.target.tolist() == [end, ADDR, end, ADDR, 0]
-    assert (found.off + ADDR).tolist() == list(code.at)
+    assert found.addr.tolist() == list(code.at)
     assert found.length.tolist() == [5, 6, 5, 2, 1]
 
 
 def test_decode_of_same_bytes_elsewhere_gives_another_target() -> None:
     code = program(ADDR, jmp(ADDR + 0x100)).code
-    assert decode(code, ADDR).target[0] + 0x40 == decode(code, ADDR + 0x40).target[0]
+    assert decoded(code).target[0] + 0x40 == decoded(code, ADDR + 0x40).target[0]
 
 
 @pytest.mark.parametrize(
@@ -137,9 +142,10 @@ def test_decode_of_same_bytes_elsewhere_gives_another_target() -> None:
         (assemble(ADDR, INT3), Trait.INT3),
         (assemble(ADDR, op("ENDBR64")), Trait.ENDBR),
         (assemble(ADDR, op("STI")), Trait.SHADOW),
-        (assemble(ADDR, op("MOV_SREG_RM32", "ss", "eax")), Trait.SHADOW),
-        (assemble(ADDR, op("MOV_SREG_RM32", "ds", "eax")), Trait(0)),
+        (assemble(ADDR, op("MOV_SREG_R32M16", "ss", "eax")), Trait.SHADOW),
+        (assemble(ADDR, op("MOV_SREG_R32M16", "ds", "eax")), Trait(0)),
         (assemble(ADDR, op("SWAPGS")), Trait.SWAPGS),
+        (assemble(ADDR, op("MOV_SREG_R32M16", "gs", "eax")), Trait.SWAPGS),
         (assemble(ADDR, op("POPFQ")), Trait.POPF),
         (assemble(ADDR, op("UD2")), Trait.UD2),
         (assemble(ADDR, op("MOV_R64_RM64", "rax", RIP_MEMORY)), Trait.RIP),
@@ -150,31 +156,41 @@ def test_decode_of_same_bytes_elsewhere_gives_another_target() -> None:
     ids=lambda value: value.hex() if isinstance(value, bytes) else None,
 )
 def test_decode_tells_traits(code: bytes, trait: Trait) -> None:
-    assert decode(code, ADDR).trait.tolist() == [trait]
+    assert decoded(code).trait.tolist() == [trait]
 
 
 def test_decode_of_invalid_bytes_is_taken_to_read_everything() -> None:
-    found = decode(b"\x06" + assemble(ADDR, NOP), ADDR)
+    found = decoded(b"\x06\xc0" + assemble(ADDR, NOP))
     assert found.flow.tolist() == [Flow.INVALID, Flow.NEXT]
     assert (found.reads[0], found.writes[0]) == (ALL_MASK, 0)
 
 
 def test_decode_of_cut_instruction_is_invalid() -> None:
     code = assemble(ADDR, RET) + assemble(ADDR, op("MOV_R64_IMM64", "rax", 1))[:-1]
-    found = decode(code, ADDR)
+    found = decoded(code)
     assert found.flow.tolist()[:2] == [Flow.RETURN, Flow.INVALID]
     assert found.length.sum() == len(code)
 
 
-def test_decode_of_nothing_is_empty() -> None:
-    found = decode(b"", ADDR)
+@pytest.mark.parametrize("stretches", [[], [(ADDR, b"")]])
+def test_decode_of_nothing_is_empty(stretches: list[tuple[int, bytes]]) -> None:
+    found = decode(stretches)
     assert {len(column) for column in vars(found).values()} == {0}
 
 
 def test_decode_rows_follow_each_other_without_gap() -> None:
     code = assemble(ADDR, *[op("ADD_R64_RM64", "rax", "rbx"), NOP5, RET] * 20)
-    found = decode(code, ADDR)
-    ends = found.off + found.length
-    assert ends[:-1].tolist() == found.off[1:].tolist()
-    assert ends[-1] == len(code)
+    found = decoded(code)
+    ends = found.addr + found.length
+    assert ends[:-1].tolist() == found.addr[1:].tolist()
+    assert ends[-1] == ADDR + len(code)
     assert [i.len for i in iced.Decoder(64, code)] == found.length.tolist()
+
+
+def test_decode_of_stretches_numbers_them_and_cuts_between() -> None:
+    cut = assemble(ADDR, op("MOV_R64_IMM64", "rax", 1))[:4]
+    found = decode([(ADDR, assemble(ADDR, RET) + cut), (ADDR + 64, b""), (ADDR + 128, cut[:1] * 2)])
+    assert set(found.stretch.tolist()) == {0, 2}
+    assert found.addr[found.stretch == 2][0] == ADDR + 128
+    for number, size in ((0, 5), (2, 2)):
+        assert found.length[found.stretch == number].sum() == size

@@ -89,9 +89,17 @@ def count(
         raise UsageError(f"--for {seconds:g} is no time", help="give a number of seconds above 0")
     tactics = tactic.split(",") if tactic else None
     with connect(obj["target"], progress=progress) as session:
-        hits = session.count(*points, partial=partial, tactics=tactics)
+        done = None
+        try:
+            hits = session.count(*points, partial=partial, tactics=tactics)
+        except KeyboardInterrupt:  # once something is placed, an interrupt is the normal end
+            if not session.attachments:
+                raise
+            hits = session.attachments[-1]
+            hits.detach()
         with hits:
-            done = _wait(session, obj["command"], seconds)
+            if hits.attached:
+                done = _wait(session, obj["command"], seconds)
         report = _print_json if as_json else _print_human
         report(session, hits, done, every)
     if hits.unrestored:

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import signal
 import sys
+import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -118,6 +120,11 @@ class Session:
         return self._driver.facts.release
 
     @property
+    def attachments(self) -> tuple[Attachment, ...]:
+        """What this session has put in, in that order; an interrupted `count` may be among it."""
+        return tuple(self._attachments)
+
+    @property
     def driver(self) -> Driver:
         """The driver's client, for tools that need more than counts."""
         return self._driver
@@ -172,9 +179,10 @@ class Session:
         check_refusals(choice, resolved, partial)
         if not self._hooked and any(site.tactic is Tactic.NOP5 for site in choice.sites):
             self._hook_ftrace()
-        placed = commit(self._driver, choice, amend)
-        attachment = Attachment(self._driver, placed, choice.refused)
-        self._attachments.append(attachment)
+        with _undivided():
+            placed = commit(self._driver, choice, amend)
+            attachment = Attachment(self._driver, placed, choice.refused)
+            self._attachments.append(attachment)
         return attachment
 
     def _tactics(self, names: Sequence[str] | None) -> list[Tactic]:
@@ -303,6 +311,22 @@ def _passer(name: str) -> Sink:
             raw.flush()
 
     return write
+
+
+@contextlib.contextmanager
+def _undivided() -> Iterator[None]:
+    """Hold an interrupt back until the block is through, so that what it made is known."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda signo, frame: held.append(signo))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if held:
+        raise KeyboardInterrupt
 
 
 _open: weakref.WeakSet[Session] = weakref.WeakSet()

@@ -122,13 +122,15 @@ static void enter_root(void)
 {
 	mkdir("/host", 0755);
 	must(mount("host", "/host", "9p", MS_RDONLY,
-		   "trans=virtio,version=9p2000.L,cache=loose,msize=512000"), "mount the host's root");
+		   "trans=virtio,version=9p2000.L,cache=loose,msize=512000"),
+	     "mount the host's root");
 	mount_on("tmpfs", "tmpfs", "/memory", "mode=755");
 	mkdir("/memory/upper", 0755);
 	mkdir("/memory/work", 0755);
 	mkdir("/root", 0755);
 	must(mount("overlay", "/root", "overlay", 0,
-		   "lowerdir=/host,upperdir=/memory/upper,workdir=/memory/work"), "mount the overlay");
+		   "lowerdir=/host,upperdir=/memory/upper,workdir=/memory/work"),
+	     "mount the overlay");
 	must(chdir("/root") || mount(".", "/", NULL, MS_MOVE, NULL) || chroot(".") || chdir("/"),
 	     "enter the root");
 	mount_on("proc", "proc", "/proc", NULL);
