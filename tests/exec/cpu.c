@@ -22,7 +22,7 @@
 
 #define MAX_MAPS 8
 #define MAX_MEMORY (1 << 20)
-#define LIMIT_S 10
+#define LIMIT_S 5
 
 struct state {
 	uint64_t regs[16]; /* in encoding order */

@@ -9,6 +9,7 @@ a sign-extended 32-bit immediate.
 from __future__ import annotations
 
 import random
+import re
 import signal
 import struct
 import subprocess
@@ -159,4 +160,6 @@ class Cpu:
 
 
 def _shown(page: bytes) -> str:
-    return page.strip(INT3).hex(" ")
+    """Bytes in hex, long runs of int3 left out."""
+    pieces = re.split(rb"\xcc{4,}", page)
+    return " .. ".join(piece.hex(" ") for piece in pieces)

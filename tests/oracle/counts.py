@@ -26,6 +26,7 @@ from oracle.oracle import Counts
 
 NOP5 = bytes.fromhex("0f1f440000")
 MAX_INSN = 15
+TACTICS = ("nop5", "jmp32")
 Fault = Callable[[Plan], Plan]
 Hits = dict[tuple[int, Kind], int]
 
@@ -81,8 +82,9 @@ class Measured:
         sites: by address.
         functions: names of those with a point that is placed.
         hits: what kernweave says, per point.
-        window: executions from before the commit to after detach, taken at two stops.
-        inside: executions between end of commit and start of detach.
+        window: executions from before the commit to after detach, taken at two stops; of the
+            sites, what is behind their nops, and their copies.
+        inside: the same between end of commit and start of detach.
     """
 
     sites: dict[int, Site]
@@ -102,7 +104,7 @@ def measure(
     """Count `points` during `work`, the plan changed by `fault`."""
     witness = _Witness(k, fault)
     before = machine.snapshot()
-    with k.count(*points, amend=witness) as attachment:
+    with k.count(*points, tactics=TACTICS, amend=witness) as attachment:
         plan = attachment.plan
         live = k.read(plan.base, len(plan.code))
         sites = witness.sites(live)
@@ -115,7 +117,21 @@ def measure(
     keys = [(point.addr, point.kind) for point in attachment.placed]
     hits = dict(zip(keys, attachment.hits().tolist(), strict=True))
     functions = frozenset(point.function for point in attachment.placed)
-    return Measured(sites, functions, hits, after.since(before), end.since(begin))
+    window, inside = (_only(sites, counts) for counts in (after.since(before), end.since(begin)))
+    return Measured(sites, functions, hits, window, inside)
+
+
+def _only(sites: dict[int, Site], counts: Counts) -> Counts:
+    """Return the rows that the comparison needs: of half a million, a few thousand."""
+    wanted = [addr for site in sites.values() for addr in (site.addr, site.addr + 5, site.copy)]
+    rows = np.isin(counts.vaddr, np.array(wanted, np.uint64))
+    return Counts(
+        counts.vaddr[rows],
+        counts.length[rows],
+        counts.code[rows],
+        counts.count[rows],
+        counts.per_cpu[rows],
+    )
 
 
 class _Witness:
@@ -135,7 +151,9 @@ class _Witness:
 
     def sites(self, live: bytes) -> dict[int, Site]:
         plan = self._plan
-        starts = [_jump_target(new.tobytes(), int(a)) for a, new in zip(plan.addr, plan.new)]
+        starts = [
+            _jump_target(new.tobytes(), int(a)) for a, new in zip(plan.addr, plan.new, strict=True)
+        ]
         ends = sorted({*starts, plan.base + len(live)})
         found = {}
         for row, addr in enumerate(plan.addr.tolist()):

@@ -178,14 +178,17 @@ def test_jump_to_ftraced_function_needs_arguments_and_kept_registers() -> None:
     [
         jmp(ASSEMBLY),
         op("JMP_RM64", "rax"),
-        op("IRETQ"),
         jcc("e", ASSEMBLY),
         b"\x06\xc0",
     ],
-    ids=["jump", "indirect jump", "iretq", "branch", "invalid"],
+    ids=["jump", "indirect jump", "branch", "invalid"],
 )
 def test_leaving_for_an_unknown_place_needs_everything(item: Item) -> None:
     assert before(item, RET)[0] == EVERYTHING
+
+
+def test_interrupt_return_needs_every_register_but_loads_the_flags() -> None:
+    assert before(op("IRETQ"), RET)[0] == REGISTERS
 
 
 @pytest.mark.parametrize("item", [op("UD2"), op("CLI"), call(ASSEMBLY)], ids=str)
@@ -196,9 +199,9 @@ def test_falling_off_the_end_needs_everything(item: Item) -> None:
 
 def test_static_call_reads_every_register() -> None:
     source = program(ADDR, call(CALLEE), RET)
-    known = {"ftrace": addrs(CALLEE)}
-    assert live(source, Sites(**known))[0] != REGISTERS
-    assert live(source, Sites(**known, static_calls=addrs(ADDR)))[0] == REGISTERS
+    ftrace = addrs(CALLEE)
+    assert live(source, Sites(ftrace=ftrace))[0] != REGISTERS
+    assert live(source, Sites(ftrace=ftrace, static_calls=addrs(ADDR)))[0] == REGISTERS
 
 
 def test_faulting_load_kills_nothing_and_goes_to_its_fixup() -> None:

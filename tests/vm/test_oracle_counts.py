@@ -144,7 +144,7 @@ def _record(row: dict[str, Any]) -> None:
 
 # ---- seeded faults -----------------------------------------------------------------------------
 
-FAULT_POINTS = ["vfs_read@insns", "vfs_rename@insns"]
+FAULT_POINTS = ["vfs_read@blocks", "vfs_rename@insns"]
 NOP_LIKE_INC = bytes.fromhex("0f1f440000")
 in_default_mode = pytest.mark.parametrize("machine", ["default"], indirect=True)
 
@@ -199,41 +199,39 @@ def counters_read_one_slot_off(healthy: Measured, plan: Plan) -> Plan:
 
 def branch_targets_swapped(healthy: Measured, plan: Plan) -> Plan:
     """Swap them where nobody comes by: a wrong branch in use would end the machine."""
-    for addr, seen in arrivals(healthy).items():
-        site = healthy.sites[addr]
-        at = int(plan.copy[plan.addr.tolist().index(addr)]) - plan.base
-        if seen or site.native[:1] != b"\x0f" or plan.code[at + 1] & 0xF0 != 0x80:
-            continue
-        there, back = (
-            int.from_bytes(plan.code[off : off + 4], "little", signed=True)
-            for off in (at + 2, at + 7)
-        )
-        swapped = (back + 5).to_bytes(4, "little", signed=True)
-        return overwrite(
-            plan, (at + 2, swapped), (at + 7, (there - 5).to_bytes(4, "little", signed=True))
-        )
-    raise AssertionError("no conditional branch that is never reached")
+    seen = arrivals(healthy)
+    near_jcc = (
+        site
+        for site in healthy.sites.values()
+        if site.native[0] == 0x0F and site.native[1] & 0xF0 == 0x80 and not seen[site.addr]
+    )
+    at = int(plan.copy[plan.addr.tolist().index(next(near_jcc).addr)]) - plan.base
+    there, back = (int.from_bytes(plan.code[at + off :][:4], "little") for off in (2, 7))
+    assert plan.code[at + 6] == 0xE9
+    swapped = [(distance % (1 << 32)).to_bytes(4, "little") for distance in (back + 5, there - 5)]
+    return overwrite(plan, (at + 2, swapped[0]), (at + 7, swapped[1]))
 
 
-FAULTS: list[Callable[[Measured, Plan], Plan]] = [
-    counter_in_the_neighbouring_block,
-    counter_dropped,
-    counter_counts_twice,
-    counter_one_slot_off,
-    counters_read_one_slot_off,
-    branch_targets_swapped,
+# and in how many ways each is wrong: what is not seeded must stay equal
+FAULTS: list[tuple[Callable[[Measured, Plan], Plan], range]] = [
+    (counter_in_the_neighbouring_block, range(2, 3)),
+    (counter_dropped, range(1, 2)),
+    (counter_counts_twice, range(2, 3)),
+    (counter_one_slot_off, range(2, 3)),
+    (counters_read_one_slot_off, range(3, 100)),
+    (branch_targets_swapped, range(2, 3)),
 ]
 
 
 @in_default_mode
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+@pytest.mark.parametrize(("fault", "wrong"), FAULTS, ids=[fault.__name__ for fault, _ in FAULTS])
 def test_seeded_fault_is_seen(
-    machine: OracleLab, healthy: Measured, fault: Callable[[Measured, Plan], Plan]
+    machine: OracleLab, healthy: Measured, fault: Callable[[Measured, Plan], Plan], wrong: range
 ) -> None:
     measured = count(machine, FAULT_POINTS, 5, lambda plan: fault(healthy, plan))
     found = differences(measured)
     print("\n".join(found))
-    assert 1 <= len(found) <= len(measured.hits)
+    assert len(found) in wrong
 
 
 @in_default_mode

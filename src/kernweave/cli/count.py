@@ -10,8 +10,15 @@ from typing import Any
 import click
 
 from kernweave import connect
-from kernweave.cli.output import print_error, print_json, print_table, progress
+from kernweave.cli.output import (
+    print_error,
+    print_json,
+    print_table,
+    print_warning,
+    progress,
+)
 from kernweave.errors import UsageError
+from kernweave.model.plan import Tactic
 from kernweave.session.attachment import Attachment, Count
 from kernweave.session.session import Completed, Session
 
@@ -48,8 +55,8 @@ def _engine(ctx: click.Context, param: click.Parameter, value: str) -> str:
 @click.argument("points", nargs=-1, required=True, metavar="POINT...")
 @click.option("--for", "seconds", type=float, metavar="SECONDS", help="Count for so long.")
 @click.option("--partial", is_flag=True, help="Place what can be placed, refuse the rest.")
-@click.option("--tactic", metavar="A,B", help="Allow only these tactics: nop5, jmp32.")
-@click.option("--no-trap", is_flag=True, help="Never trap (no tactic does so far).")
+@click.option("--tactic", metavar="A,B", help="Allow only these tactics: nop5, jmp32, int3.")
+@click.option("--no-trap", is_flag=True, help="Refuse points where only a trap fits.")
 @click.option(
     "--engine",
     type=click.Choice(["auto", "splice", "weave"]),
@@ -87,7 +94,7 @@ def count(
     """  # noqa: D301
     if seconds is not None and seconds <= 0:
         raise UsageError(f"--for {seconds:g} is no time", help="give a number of seconds above 0")
-    tactics = tactic.split(",") if tactic else None
+    tactics = _tactics(tactic, no_trap)
     with connect(obj["target"], progress=progress) as session:
         done = None
         try:
@@ -97,6 +104,7 @@ def count(
                 raise
             hits = session.attachments[-1]
             hits.detach()
+        _warn_traps(hits)
         with hits:
             if hits.attached:
                 done = _wait(session, obj["command"], seconds)
@@ -108,6 +116,26 @@ def count(
             help="they are restored by themselves when the other side leaves",
         )
     return _status(done, hits)
+
+
+def _tactics(names: str | None, no_trap: bool) -> list[str] | None:
+    """The tactics allowed, None: all; a trap that is asked for and forbidden is an error."""
+    chosen = names.split(",") if names else None
+    if not no_trap:
+        return chosen
+    if chosen and Tactic.INT3 in chosen:
+        raise UsageError("--no-trap and --tactic int3 contradict each other")
+    return chosen or [tactic for tactic in Tactic if tactic is not Tactic.INT3]
+
+
+def _warn_traps(hits: Attachment) -> None:
+    """A slow tactic is never silent."""
+    traps = hits.tactics().get(Tactic.INT3, 0)
+    if traps:
+        print_warning(
+            f"{traps:,} of {len(hits.placed):,} points trap, about 500 instructions per hit",
+            help="--no-trap refuses them",
+        )
 
 
 def _status(done: Completed | None, hits: Attachment) -> int:
@@ -138,7 +166,7 @@ def end_row(session: Session, hits: Attachment, done: Completed | None) -> dict[
         ],
         "tactics": hits.tactics(),
         "hits": int(hits.hits().sum()),
-        "missed": 0,
+        "missed": int(hits.missed().sum()),
         "in_flight": 0,
         "evicted": hits.evicted,
         "text_restored": hits.text_restored,
@@ -188,4 +216,7 @@ def _summary(hits: Attachment) -> str:
     evicted = f", {hits.evicted} given back to ftrace" if hits.evicted else ""
     total = len(hits.placed) + len(hits.refused)
     noun = "point" if total == 1 else "points"
-    return f"{total:,} {noun}: {used}; {len(hits.refused):,} refused, 0 missed{evicted}; {text}"
+    slow = " (slow)" if Tactic.INT3 in hits.tactics() else ""
+    missed = int(hits.missed().sum())
+    rest = f"{len(hits.refused):,} refused, {missed:,} missed{evicted}; {text}"
+    return f"{total:,} {noun}: {used}{slow}; {rest}"

@@ -10,6 +10,13 @@ from typing import IO, Any
 import msgspec
 
 
+def print_warning(message: str, help: str | None = None) -> None:
+    """Print one warning on standard error."""
+    print(
+        "\n".join([f"warning: {message}", *([f"  help: {help}"] if help else [])]), file=sys.stderr
+    )
+
+
 def print_error(message: str, notes: Iterable[str] = (), help: str | None = None) -> None:
     """Print one error in the form `error:`, `note:`, `help:` on standard error."""
     lines = [f"error: {message}", *(f"  note: {note}" for note in notes)]

@@ -266,3 +266,17 @@ class Driver:
     def forget(self, txn: int) -> None:
         """Drop an undone transaction."""
         self._call(Op.FORGET, _rows(uapi.SIZE, value=txn))
+
+    def arm(self, area: Area, traps: Rows) -> tuple[int, npt.NDArray[np.int64]]:
+        """Arm a kprobe per `uapi.TRAP` row, counting in per-CPU memory of `area`.
+
+        Returns:
+            The set's number, and int64[n]: 0, or the negative errno with which the kernel refused.
+        """
+        head = _rows(uapi.COMMIT, area=area.id, count=len(traps))
+        found = np.frombuffer(self._call(Op.ARM, head + traps.tobytes()), "<i8")
+        return int(found[0]), found[1:]
+
+    def disarm(self, trap_set: int) -> npt.NDArray[np.uint64]:
+        """Remove a set's kprobes; uint64[n] hits that each missed. Waits for a grace period."""
+        return np.frombuffer(self._call(Op.DISARM, _rows(uapi.SIZE, value=trap_set)), "<u8")

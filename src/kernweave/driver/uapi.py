@@ -42,6 +42,8 @@ class Op(IntEnum):
     COUNTERS = 17
     FREE = 18
     FORGET = 19
+    ARM = 20
+    DISARM = 21
 
 
 class State(IntEnum):
@@ -52,6 +54,14 @@ class State(IntEnum):
     EVICTED = 2
     RESTORED = 3
     STUCK = 4
+
+
+class Owner(IntEnum):
+    """Whose change a `kw_patched` row is: `enum kw_owner`."""
+
+    OTHERS = 0
+    OURS = 1
+    LEFT = 2
 
 
 class Fact(IntFlag):
@@ -108,7 +118,7 @@ KMOD = np.dtype(
     ]
 )
 PATCHED = np.dtype(
-    [("addr", "<u8"), ("len", "<u4"), ("pinned", "<u4"), ("original", "u1", (POKE_BYTES,))]
+    [("addr", "<u8"), ("len", "<u4"), ("owner", "<u4"), ("original", "u1", (POKE_BYTES,))]
 )
 RECORD = np.dtype([("ip", "<u8"), ("flags", "<u8")])
 SIZE = np.dtype([("value", "<u8")])
@@ -125,6 +135,7 @@ POKE = np.dtype(
         ("new_", "u1", (POKE_BYTES,)),
     ]
 )
+TRAP = np.dtype([("addr", "<u8"), ("chunk", "<u8"), ("off", "<u8")])
 UNDONE = np.dtype([("restored", "<u8"), ("evicted", "<u8"), ("stuck", "<u8")])
 
 STRUCTS: dict[str, np.dtype[np.void]] = {
@@ -143,5 +154,6 @@ STRUCTS: dict[str, np.dtype[np.void]] = {
     "kw_chunk": CHUNK,
     "kw_commit": COMMIT,
     "kw_poke": POKE,
+    "kw_trap": TRAP,
     "kw_undone": UNDONE,
 }

@@ -18,6 +18,7 @@ class Tactic(StrEnum):
 
     NOP5 = "nop5"
     JMP32 = "jmp32"
+    INT3 = "int3"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,15 +55,19 @@ class Refused:
 class Plan:
     """Everything a commit needs, for code that starts at `base`.
 
+    Sites of `int3` come last and need no code: the kernel's kprobes count there.
+
     Attributes:
         base: run-time address of `code`.
         code: trampolines, one after the other.
-        addr: uint64[n], sites, ascending.
+        addr: uint64[n], sites; those with a jump ascend, and so do those with a trap.
         old: uint8[n, 5], bytes expected there.
         new: uint8[n, 5], bytes to be written.
+        rest: n times the native bytes behind the first five of a longer instruction; they are
+            dead while the jump is in, and become int3.
         tactic: n tactics.
         spills: n tuples of what the counter has to save.
-        copy: uint64[n], run-time address of the displaced instruction's copy; 0 for `nop5`.
+        copy: uint64[n], run-time address of the displaced instruction's copy; 0 if there is none.
         counter: int32[n], number of the site's counter.
     """
 
@@ -71,7 +76,13 @@ class Plan:
     addr: npt.NDArray[np.uint64]
     old: npt.NDArray[np.uint8]
     new: npt.NDArray[np.uint8]
+    rest: tuple[bytes, ...]
     tactic: tuple[Tactic, ...]
     spills: tuple[tuple[str, ...], ...]
     copy: npt.NDArray[np.uint64]
     counter: npt.NDArray[np.int32]
+
+    @property
+    def jumps(self) -> int:
+        """Number of sites with a jump; the others trap."""
+        return len(self.tactic) - self.tactic.count(Tactic.INT3)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,7 @@ from kernweave.image.sites import Sites
 from kernweave.model.plan import Plan, Point, Refused, Tactic
 from kernweave.session.attachment import Placed
 from kernweave.session.resolve import Resolved
-from kernweave.splice.layout import COUNTER_BYTES, Site, bind, draft
+from kernweave.splice.layout import COUNTER_BYTES, Site, add_traps, bind, draft
 from kernweave.splice.place import SITE_BYTES, Rules, place
 from kernweave.x86.decode import ALL_MASK
 
@@ -32,11 +32,11 @@ Amend = Callable[[Plan], Plan]
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The verdict on a request: what to splice, and which points each site serves.
+    """The verdict on a request: what to change, and which points each site serves.
 
     Attributes:
         points: points that can be placed.
-        sites: what to splice, ascending by address.
+        sites: what to change: jumps ascending by address, then traps ascending.
         site: int64[m], row in `sites` of each point.
         refused: the others.
     """
@@ -66,7 +66,9 @@ def choose(resolved: Resolved, sites: Sites, rules: Rules) -> Choice:
         _site(code, int(rows[row]), placement.tactic[row], int(live[rows[row]]))
         for row in used.tolist()
     ]
-    order = np.argsort([site.addr for site in made], kind="stable")
+    order = np.lexsort(
+        ([site.addr for site in made], [site.tactic is Tactic.INT3 for site in made])
+    )
     rank = np.empty(len(order), np.int64)
     rank[order] = np.arange(len(order))
     site = rank[np.searchsorted(used, back[kept])] if kept else np.zeros(0, np.int64)
@@ -146,24 +148,29 @@ def commit(driver: Driver, choice: Choice, amend: Amend | None = None) -> Placed
         RefusedError: text changed since it was read.
         DriverError: no memory, or the driver refuses.
     """
-    layout = draft(choice.sites)
-    area = driver.area(layout.size)
+    jumps = [site for site in choice.sites if site.tactic is not Tactic.INT3]
+    traps = choice.sites[len(jumps) :]
+    layout = draft(jumps)
+    area = driver.area(max(layout.size, 1))
+    trap_set = None
     try:
         chunks = _alloc_counters(driver, area, len(choice.sites))
         offsets = np.concatenate(
             [chunk.offset + np.arange(0, size, COUNTER_BYTES) for chunk, size in chunks]
         ).astype(np.uint64)
-        plan = bind(layout, area.addr, offsets)
+        plan = add_traps(bind(layout, area.addr, offsets[: len(jumps)]), traps)
         if amend:
             plan = amend(plan)
-        txn = _write(driver, area, plan)
+        trap_set, failed = _arm(driver, area, plan, chunks)
+        txn = _write(driver, area, plan) if jumps else None
     except CommitError as error:
-        _drop(driver, area)
+        _drop(driver, area, trap_set)
         raise _explain(error, choice) from error
     except BaseException:
-        _drop(driver, area)
+        _drop(driver, area, trap_set)
         raise
-    return Placed(choice.points, choice.site, plan, area, tuple(chunks), txn)
+    placed = Placed(choice.points, choice.site, plan, area, tuple(chunks), txn, trap_set)
+    return _without(placed, failed)
 
 
 def _write(driver: Driver, area: Area, plan: Plan) -> int:
@@ -172,13 +179,50 @@ def _write(driver: Driver, area: Area, plan: Plan) -> int:
     return driver.commit(area, make_pokes(plan))
 
 
+def _arm(
+    driver: Driver, area: Area, plan: Plan, chunks: Sequence[tuple[Chunk, int]]
+) -> tuple[int | None, dict[int, int]]:
+    """Arm the traps; the set's number and the errno of each site that the kernel refused."""
+    rows = np.arange(plan.jumps, len(plan.addr))
+    if not len(rows):
+        return None, {}
+    traps = np.zeros(len(rows), uapi.TRAP)
+    traps["addr"] = plan.addr[rows]
+    traps["chunk"] = [chunks[row // _PER_CHUNK][0].index for row in rows.tolist()]
+    traps["off"] = rows % _PER_CHUNK * COUNTER_BYTES
+    trap_set, status = driver.arm(area, traps)
+    return trap_set, {int(rows[i]): -int(status[i]) for i in np.flatnonzero(status)}
+
+
+def _without(placed: Placed, failed: dict[int, int]) -> Placed:
+    """Take the points out whose kprobe the kernel refused."""
+    if not failed:
+        return placed
+    kept = [i for i, row in enumerate(placed.site.tolist()) if row not in failed]
+    refused = tuple(
+        Refused(
+            placed.points[i].text,
+            Reason.DENYLIST,
+            f"the kernel refuses a kprobe here ({errno.errorcode.get(failed[row], failed[row])})",
+        )
+        for i, row in enumerate(placed.site.tolist())
+        if row in failed
+    )
+    points = tuple(placed.points[i] for i in kept)
+    return replace(placed, points=points, site=placed.site[kept], refused=refused)
+
+
 def make_pokes(plan: Plan) -> npt.NDArray[np.void]:
-    """The plan's sites as rows of the driver's interface."""
-    pokes = np.zeros(len(plan.addr), uapi.POKE)
-    pokes["addr"] = plan.addr
-    pokes["len"] = plan.old.shape[1]
-    pokes["old"][:, : plan.old.shape[1]] = plan.old
-    pokes["new_"][:, : plan.new.shape[1]] = plan.new
+    """The plan's jumps as rows of the driver's interface."""
+    rests = plan.rest[: plan.jumps]
+    pokes = np.zeros(plan.jumps, uapi.POKE)
+    pokes["addr"] = plan.addr[: plan.jumps]
+    pokes["len"] = [SITE_BYTES + len(rest) for rest in rests]
+    for field, head, filler in (("old", plan.old, None), ("new_", plan.new, b"\xcc")):
+        pokes[field][:, :SITE_BYTES] = head[: plan.jumps]
+        room = uapi.POKE_BYTES - SITE_BYTES
+        tails = [(filler * len(rest) if filler else rest).ljust(room, b"\0") for rest in rests]
+        pokes[field][:, SITE_BYTES:] = np.frombuffer(b"".join(tails), np.uint8).reshape(-1, room)
     return pokes
 
 
@@ -189,8 +233,10 @@ def _alloc_counters(driver: Driver, area: Area, count: int) -> list[tuple[Chunk,
     return [(driver.percpu(area, size), size) for size in sizes]
 
 
-def _drop(driver: Driver, area: Area) -> None:
+def _drop(driver: Driver, area: Area, trap_set: int | None) -> None:
     """Free an area whose commit failed; tasks may have been inside."""
+    if trap_set is not None:
+        driver.disarm(trap_set)
     driver.quiesce()
     driver.free(area)
 

@@ -47,7 +47,9 @@ class Placed:
         plan: as it was committed.
         area: where the trampolines are.
         chunks: the counters, in order, and the bytes in use of each.
-        txn: the driver's transaction.
+        txn: the driver's transaction, None without jumps.
+        trap_set: the driver's set of kprobes, None without traps.
+        refused: points whose kprobe the kernel refused.
     """
 
     points: tuple[Point, ...]
@@ -55,7 +57,9 @@ class Placed:
     plan: Plan
     area: Area
     chunks: tuple[tuple[Chunk, int], ...]
-    txn: int
+    txn: int | None
+    trap_set: int | None = None
+    refused: tuple[Refused, ...] = ()
 
 
 class Attachment:
@@ -65,11 +69,12 @@ class Attachment:
         """Take over what was committed; made by `Session.count`."""
         self._driver = driver
         self._inside = placed
-        self.refused = refused
+        self.refused = (*refused, *placed.refused)
         self._began_ns = time.monotonic_ns()
         self._duration_ns: int | None = None
         self._hits: npt.NDArray[np.uint64] | None = None
         self._evicted = np.zeros(len(placed.plan.addr), bool)
+        self._missed = np.zeros(len(placed.plan.addr), np.uint64)
         self.unrestored: tuple[int, ...] = ()
         self.text_restored = False
 
@@ -125,15 +130,33 @@ class Attachment:
             return
         self._duration_ns = self.duration_ns
         driver, inside = self._driver, self._inside
-        undone = driver.undo(inside.txn)
-        self.unrestored = undone.stuck_addrs
-        self.text_restored = not undone.stuck
-        self._evicted = driver.states(inside.txn) == State.EVICTED
+        self._undo_jumps()
+        if inside.trap_set is not None:
+            self._missed[self.plan.jumps :] = driver.disarm(inside.trap_set)
         driver.quiesce()
         self._hits = self._read()
-        if not undone.stuck:
+        self.text_restored = not self.unrestored and self._traps_are_gone()
+        if not self.unrestored:
             driver.free(inside.area)
-            driver.forget(inside.txn)
+            if inside.txn is not None:
+                driver.forget(inside.txn)
+
+    def _undo_jumps(self) -> None:
+        txn = self._inside.txn
+        if txn is None:
+            return
+        self.unrestored = self._driver.undo(txn).stuck_addrs
+        states = self._driver.states(txn)
+        self._evicted[: self.plan.jumps] = states == State.EVICTED
+
+    def _traps_are_gone(self) -> bool:
+        """Read the first byte of every trap again and compare."""
+        plan = self.plan
+        addrs = plan.addr[plan.jumps :]
+        if not len(addrs):
+            return True
+        now = self._driver.read_ranges(addrs, addrs + np.uint64(1))
+        return now == plan.old[plan.jumps :, 0].tobytes()
 
     def _read(self) -> npt.NDArray[np.uint64]:
         """uint64[n]: hits per site, summed over all possible CPUs."""
@@ -148,6 +171,10 @@ class Attachment:
         """uint64[m]: hits of each placed point; still rising while attached."""
         per_site = self._read() if self._hits is None else self._hits
         return np.asarray(per_site[self.plan.counter[self._inside.site]])
+
+    def missed(self) -> npt.NDArray[np.uint64]:
+        """uint64[m]: arrivals at each placed point that could not be counted; known at detach."""
+        return np.asarray(self._missed[self._inside.site])
 
     def exact(self) -> npt.NDArray[np.bool_]:
         """bool[m]: whether each count is final and complete."""
@@ -168,13 +195,18 @@ class Attachment:
                 to_addr=None,
                 kind=point.kind.value,
                 hits=hits,
-                missed=0,
+                missed=missed,
                 exact=exact,
                 engine="splice",
                 tactic=plan.tactic[row].value,
             )
-            for point, row, hits, exact in zip(
-                self.placed, site.tolist(), self.hits().tolist(), self.exact().tolist(), strict=True
+            for point, row, hits, missed, exact in zip(
+                self.placed,
+                site.tolist(),
+                self.hits().tolist(),
+                self.missed().tolist(),
+                self.exact().tolist(),
+                strict=True,
             )
         ]
 

@@ -89,6 +89,7 @@ class Session:
         self._link: Link = open_link(target, progress)
         self._attachments: list[Attachment] = []
         self._hooked = False
+        self._fresh = True
         try:
             self._driver = Driver(self._link.call, writer=writer)
             self._view = KernelView(self._driver, cache_dir())
@@ -254,7 +255,9 @@ class Session:
             if capture
             else {"stdout": _passer("stdout"), "stderr": _passer("stderr")}
         )
-        self._link.exec_start(list(argv), env=env, cwd=cwd, fresh=True)
+        # the host's files may have changed since an earlier session looked at them
+        fresh, self._fresh = self._fresh, False
+        self._link.exec_start(list(argv), env=env, cwd=cwd, fresh=fresh)
         status = self._follow(sinks, limit_s)
         done = Completed(
             tuple(argv),

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kernweave.driver.client import Driver, Rows
+from kernweave.driver.uapi import Owner
 from kernweave.errors import Reason, UnsupportedError
 from kernweave.image.kallsyms import read_kallsyms
 from kernweave.image.sites import (
@@ -185,8 +186,10 @@ def _own_text(kmods: Rows) -> Ranges:
 
 
 def _in_use(kprobes: Rows, placed: Rows) -> list[Ranges]:
+    others = kprobes["owner"] == Owner.OTHERS
+    ours = np.concatenate((kprobes[~others], placed))
     found = []
-    for reason, rows in ((Reason.BUSY_KPROBE, kprobes), (Reason.BUSY_PLAN, placed)):
+    for reason, rows in ((Reason.BUSY_KPROBE, kprobes[others]), (Reason.BUSY_PLAN, ours)):
         starts = rows["addr"].astype(np.uint64)
         found.append(make_ranges(reason, starts, starts + rows["len"].astype(np.uint64)))
     return found

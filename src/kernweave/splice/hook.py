@@ -47,7 +47,7 @@ def bind_hook(code: Code, row: int, target: int, base: int) -> Plan:
     """The plan of a hook at an instruction of `code`, its trampoline at `base`."""
     addr = int(code.addr[row])
     body = _encode(code, row, target, base)
-    old = code.raw(row)[:JUMP_BYTES]
+    old, rest = code.raw(row)[:JUMP_BYTES], code.raw(row)[JUMP_BYTES:]
     jump = encode_jump(addr, base)
     return Plan(
         base=base,
@@ -55,6 +55,7 @@ def bind_hook(code: Code, row: int, target: int, base: int) -> Plan:
         addr=np.array([addr], np.uint64),
         old=np.frombuffer(old, np.uint8).reshape(1, -1),
         new=np.frombuffer(jump, np.uint8).reshape(1, -1),
+        rest=(rest,),
         tactic=(Tactic.JMP32,),
         spills=((),),
         copy=np.zeros(1, np.uint64),

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -44,7 +44,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Draft:
-    """Sites with the room their trampolines need, before any address is known.
+    """Sites with jumps, with the room their trampolines need, before any address is known.
 
     Attributes:
         sites: ascending by address.
@@ -93,10 +93,32 @@ def bind(plan: Draft, base: int, offsets: npt.NDArray[np.uint64]) -> Plan:
         addr=np.array([site.addr for site in plan.sites], np.uint64),
         old=old,
         new=new,
+        rest=tuple(site.code[5 : site.length] for site in plan.sites),
         tactic=tuple(site.tactic for site in plan.sites),
         spills=tuple(site.snippet.spills for site in plan.sites),
         copy=copy,
         counter=np.arange(len(plan.sites), dtype=np.int32),
+    )
+
+
+def add_traps(plan: Plan, traps: Sequence[Site]) -> Plan:
+    """The plan with sites that trap behind those that jump; their counters follow as well."""
+    if not traps:
+        return plan
+    count = len(traps)
+    heads = np.array([list(site.code[:5].ljust(5, b"\0")) for site in traps], np.uint8)
+    armed = heads.copy()
+    armed[:, 0] = 0xCC
+    return replace(
+        plan,
+        addr=np.append(plan.addr, np.array([site.addr for site in traps], np.uint64)),
+        old=np.concatenate((plan.old, heads)),
+        new=np.concatenate((plan.new, armed)),
+        rest=plan.rest + (b"",) * count,
+        tactic=plan.tactic + (Tactic.INT3,) * count,
+        spills=plan.spills + ((),) * count,
+        copy=np.append(plan.copy, np.zeros(count, np.uint64)),
+        counter=np.arange(len(plan.addr) + count, dtype=np.int32),
     )
 
 

@@ -147,9 +147,17 @@ def _fits_jmp32(code: Code, rows: Rows, sites: Sites) -> Mask:
     return np.asarray(long_enough & movable)
 
 
+def _fits_int3(code: Code, rows: Rows, sites: Sites) -> Mask:
+    """Any instruction but those that leave for good, and ftrace's own sites."""
+    flow = code.flow[rows]
+    leaves = np.isin(flow, (Flow.LEAVE, Flow.INVALID)) | ((code.trait[rows] & Trait.INT3) != 0)
+    return np.asarray(~leaves & ~contains(sites.ftrace, code.addr[rows]))
+
+
 _FITS: dict[Tactic, Callable[[Code, Rows, Sites], Mask]] = {
     Tactic.NOP5: _fits_nop5,
     Tactic.JMP32: _fits_jmp32,
+    Tactic.INT3: _fits_int3,
 }
 
 _DETAILS = {

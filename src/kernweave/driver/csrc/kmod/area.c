@@ -56,9 +56,8 @@ void kw_quiesce(void)
 	mutex_lock(&kw_lock);
 	upto = kw_stamp++;
 	mutex_unlock(&kw_lock);
-	synchronize_rcu_tasks();
-	kw_pass_idle_tasks();
 	kw_ftrace_drain();
+	kw_pass_idle_tasks();
 	mutex_lock(&kw_lock);
 	kw_quiesced = max(kw_quiesced, upto);
 	mutex_unlock(&kw_lock);
@@ -131,11 +130,24 @@ struct kw_code *kw_area_find(struct kw_session *s, u64 id)
 	return NULL;
 }
 
+/*
+ * Sealing makes the direct map read-only, too; module_alloc() itself asks for
+ * its reset only since 4c4eb3ecc91f ("x86/modules: Set VM_FLUSH_RESET_PERMS in
+ * module_alloc()").
+ */
 static void *kw_code_alloc(size_t size)
 {
+	struct vm_struct *vm;
+	void *mem;
+
 	if (kw_syms.execmem_alloc)
-		return kw_syms.execmem_alloc(0, size); /* EXECMEM_DEFAULT */
-	return kw_syms.module_alloc(size);
+		mem = kw_syms.execmem_alloc(0, size); /* EXECMEM_DEFAULT */
+	else
+		mem = kw_syms.module_alloc(size);
+	vm = mem ? kw_syms.find_vm_area(mem) : NULL;
+	if (vm)
+		vm->flags |= VM_FLUSH_RESET_PERMS;
+	return mem;
 }
 
 int kw_area_alloc(struct kw_session *s, const struct kw_size *req, struct kw_out *out)
@@ -207,7 +219,7 @@ int kw_area_write(struct kw_session *s, const struct kw_slice *req, const u8 *da
 
 	if (!code)
 		return -ENOENT;
-	if (code->sealed)
+	if (code->filled)
 		return -EPERM;
 	if (req->len != len || req->off > code->size || len > code->size - req->off)
 		return -E2BIG;
@@ -225,6 +237,7 @@ int kw_area_seal(struct kw_session *s, const struct kw_slice *req)
 	if (code->sealed)
 		return 0;
 	pages = code->size >> PAGE_SHIFT;
+	code->filled = true;
 	ret = kw_syms.set_ro((unsigned long)code->mem, pages);
 	if (!ret)
 		ret = kw_syms.set_x((unsigned long)code->mem, pages);

@@ -71,8 +71,10 @@ int kw_lookup(const u8 *req, size_t len, struct kw_out *out)
 	addrs = kw_reserve(out, n * sizeof(*addrs));
 	if (!addrs)
 		return -ENOSPC;
-	for (i = 0; i < n; i++, name += strlen(name) + 1)
+	for (i = 0; i < n; i++, name += strlen(name) + 1) {
 		addrs[i] = kw_syms.lookup_name(name);
+		cond_resched();
+	}
 	return 0;
 }
 
@@ -96,7 +98,7 @@ int kw_read(const u8 *req, size_t len, struct kw_out *out)
 	const struct kw_range *r = (const void *)req;
 	size_t i, n = len / sizeof(*r), total = 0;
 	u8 *to;
-	int ret;
+	int ret = 0;
 
 	if (!n || len % sizeof(*r))
 		return -EINVAL;
@@ -109,11 +111,11 @@ int kw_read(const u8 *req, size_t len, struct kw_out *out)
 	to = kw_reserve(out, total);
 	if (!to)
 		return -ENOSPC;
-	for (i = 0; i < n; to += r[i].end - r[i].start, i++) {
+	mutex_lock(kw_syms.text_mutex); /* no int3 of a poke under way is seen */
+	for (i = 0; i < n && !ret; to += r[i].end - r[i].start, i++) {
 		out->detail = i;
 		ret = kw_read_range(to, r[i].start, r[i].end);
-		if (ret)
-			return ret;
 	}
-	return 0;
+	mutex_unlock(kw_syms.text_mutex);
+	return ret;
 }

@@ -13,6 +13,7 @@
 #include "kw.h"
 
 static atomic_t kw_inside = ATOMIC_INIT(0);
+static atomic_t kw_entered = ATOMIC_INIT(0); /* how often, ever; may wrap */
 static DECLARE_WAIT_QUEUE_HEAD(kw_left);
 
 static bool kw_any_sites(void)
@@ -49,9 +50,7 @@ static void kw_evict(u64 addr)
 		i = p ? p - t->pokes : 0;
 		if (!p || t->states[i] != KW_PLACED)
 			continue;
-		kw_text_restore(t, i, i + 1);
-		if (t->states[i] == KW_RESTORED)
-			t->states[i] = KW_EVICTED;
+		kw_text_give_back(t, i);
 		return;
 	}
 }
@@ -66,20 +65,31 @@ void kw_ftrace_yield(void)
 	struct ftrace_rec_iter *it;
 
 	atomic_inc(&kw_inside);
+	atomic_inc(&kw_entered);
 	for (it = kw_any_sites() ? kw_syms.rec_start() : NULL; it; it = kw_syms.rec_next(it)) {
 		struct dyn_ftrace *rec = kw_syms.rec_record(it);
 
 		if (kw_syms.rec_test(rec, true) != FTRACE_UPDATE_IGNORE)
 			kw_evict(rec->ip);
+		cond_resched();
 	}
+	kw_text_flush();
 	if (atomic_dec_and_test(&kw_inside))
 		wake_up(&kw_left);
 }
 
+/*
+ * Wait until every task has left every unreachable trampoline.  A grace period
+ * is not enough for one that slept in kw_ftrace_yield() meanwhile: it still has
+ * the end of its trampoline before it.
+ */
 void kw_ftrace_drain(void)
 {
-	if (!atomic_read(&kw_inside))
-		return;
-	wait_event(kw_left, !atomic_read(&kw_inside));
-	synchronize_rcu_tasks(); /* whoever was inside is now past the trampoline */
+	int before;
+
+	do {
+		before = atomic_read(&kw_entered);
+		wait_event(kw_left, !atomic_read(&kw_inside));
+		synchronize_rcu_tasks();
+	} while (before != atomic_read(&kw_entered));
 }

@@ -3,6 +3,7 @@
 #ifndef KW_H
 #define KW_H
 
+#include <linux/kprobes.h>
 #include <linux/list.h>
 #include <linux/module.h>
 #include <linux/mutex.h>
@@ -12,6 +13,8 @@
 
 struct dyn_ftrace;
 struct ftrace_rec_iter;
+struct kprobe;
+struct vm_struct;
 
 /* One reply under construction; handlers reserve what they need, once. */
 struct kw_out {
@@ -28,6 +31,7 @@ struct kw_session {
 	bool writer;
 	struct list_head areas;
 	struct list_head txns;
+	struct list_head sets;
 };
 
 /* Executable memory and the per-CPU chunks its code writes. */
@@ -36,6 +40,7 @@ struct kw_code {
 	u64 id;
 	u8 *mem;
 	size_t size;
+	bool filled; /* read-only from here on */
 	bool sealed;
 	u32 users;  /* transactions whose jumps lead here and are not undone */
 	u64 stamp;  /* kw_stamp when it became unreachable, 0: never was reachable */
@@ -60,6 +65,20 @@ struct kw_txn {
 	struct module **mods; /* kmods whose text we changed; a reference each */
 };
 
+/* Kprobes armed by one request. */
+struct kw_set {
+	struct list_head link;
+	u64 id;
+	struct kw_code *code; /* whose per-CPU chunks they count in; NULL: disarmed */
+	u32 count;
+	u32 nr_armed;
+	struct kprobe **armed; /* those the kernel allowed */
+	struct kw_probe {
+		struct kprobe kp;
+		u64 __percpu *counter;
+	} *probes;
+};
+
 /* Kernel functions and data that are not exported, found by name. */
 struct kw_syms {
 	unsigned long (*lookup_name)(const char *name);
@@ -71,6 +90,7 @@ struct kw_syms {
 	void *(*module_alloc)(unsigned long size);
 	void *(*execmem_alloc)(int type, size_t size);
 	void (*free_code)(void *mem);
+	struct vm_struct *(*find_vm_area)(const void *mem);
 	int (*set_ro)(unsigned long addr, int pages);
 	int (*set_x)(unsigned long addr, int pages);
 	struct ftrace_rec_iter *(*rec_start)(void);
@@ -81,6 +101,7 @@ struct kw_syms {
 	struct list_head *kprobe_blacklist;
 	struct hlist_head *kprobe_table;
 	struct mutex *kprobe_mutex;
+	struct kprobe *(*get_kprobe)(void *addr);
 	struct list_head *modules;
 	struct mutex *module_mutex;
 	struct module *(*module_text_address)(unsigned long addr);
@@ -92,7 +113,8 @@ struct kw_syms {
 extern struct kw_syms kw_syms;
 extern struct list_head kw_txns;   /* every live transaction; under text_mutex */
 extern struct list_head kw_pinned; /* transactions with stuck sites; under kw_lock */
-extern struct mutex kw_lock;       /* areas, transactions, the writer; before text_mutex */
+/* areas, transactions, the writer; before kprobe_mutex, which comes before text_mutex */
+extern struct mutex kw_lock;
 
 int kw_resolve(void);
 
@@ -125,6 +147,10 @@ int kw_text_commit(struct kw_session *s, const struct kw_commit *req, const stru
 int kw_text_states(struct kw_session *s, const struct kw_size *req, struct kw_out *out);
 int kw_text_matches(const struct kw_poke *p, const u8 *bytes);
 void kw_text_restore(struct kw_txn *t, u32 from, u32 to);
+void kw_text_give_back(struct kw_txn *t, u32 i);
+void kw_text_flush(void);
+void kw_text_lock(void);
+void kw_text_unlock(void);
 
 int kw_undo(struct kw_session *s, const struct kw_size *req, struct kw_out *out);
 int kw_forget(struct kw_session *s, const struct kw_size *req);
@@ -133,6 +159,13 @@ void kw_txn_free(struct kw_txn *t);
 struct kw_txn *kw_txn_find(struct kw_session *s, u64 id);
 void kw_undo_session(struct kw_session *s);
 void kw_undo_exit(void);
+
+int kw_trap_arm(struct kw_session *s, const struct kw_commit *req, const struct kw_trap *traps,
+		size_t len, struct kw_out *out);
+int kw_trap_disarm(struct kw_session *s, const struct kw_size *req, struct kw_out *out);
+void kw_trap_session(struct kw_session *s);
+void kw_traps_exit(void);
+bool kw_is_trap(const struct kprobe *kp);
 
 void kw_ftrace_yield(void);
 void kw_ftrace_drain(void);

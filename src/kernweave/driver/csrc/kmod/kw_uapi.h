@@ -74,6 +74,8 @@ enum kw_op {
 	KW_OP_COUNTERS = 17, /* kw_slice{area, chunk, bytes} -> per possible CPU the bytes */
 	KW_OP_FREE = 18,    /* kw_slice{area}; EAGAIN until quiesced */
 	KW_OP_FORGET = 19,  /* kw_size{transaction}: drop an undone transaction */
+	KW_OP_ARM = 20,     /* kw_commit and kw_trap[] -> s64: the set, then a status per trap */
+	KW_OP_DISARM = 21,  /* kw_size{set} -> u64 missed hits per trap */
 };
 
 #define KW_WRITER 1u /* kw_hello.flags: this session will change text */
@@ -118,10 +120,16 @@ struct kw_kmod {
 	struct kw_range bugs;
 };
 
+enum kw_owner {
+	KW_OTHERS = 0, /* somebody else's kprobe */
+	KW_OURS = 1,   /* a session's */
+	KW_LEFT = 2,   /* left behind by a session that is gone */
+};
+
 struct kw_patched {
 	__u64 addr;
 	__u32 len;      /* bytes of original[] in force */
-	__u32 pinned;   /* 1: left behind by a session that is gone */
+	__u32 owner;    /* enum kw_owner */
 	__u8 original[KW_POKE_BYTES];
 };
 
@@ -156,12 +164,19 @@ struct kw_commit {
 	__u64 count;
 };
 
+/* new_ is a 5-byte jump, and int3 for the rest of the instruction it replaces. */
 struct kw_poke {
 	__u64 addr;
 	__u32 len;
 	__u32 pad;
 	__u8 old[KW_POKE_BYTES];
 	__u8 new_[KW_POKE_BYTES];
+};
+
+struct kw_trap {
+	__u64 addr;
+	__u64 chunk; /* of the area */
+	__u64 off;   /* of the counter, in the chunk */
 };
 
 enum kw_state {

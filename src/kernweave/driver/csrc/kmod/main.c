@@ -68,6 +68,8 @@ static const struct kw_rule {
 	[KW_OP_COUNTERS] = { sizeof(struct kw_slice), true },
 	[KW_OP_FREE] = { sizeof(struct kw_slice), true },
 	[KW_OP_FORGET] = { sizeof(struct kw_size), true },
+	[KW_OP_ARM] = { sizeof(struct kw_commit), true },
+	[KW_OP_DISARM] = { sizeof(struct kw_size), true },
 };
 
 /* Requests that change something; kw_lock held. */
@@ -96,6 +98,10 @@ static int kw_change(struct kw_session *s, u16 op, const u8 *p, size_t len, stru
 		return kw_area_free(s, (void *)p);
 	case KW_OP_FORGET:
 		return kw_forget(s, (void *)p);
+	case KW_OP_ARM:
+		return kw_trap_arm(s, (void *)p, (void *)(p + commit), len - commit, out);
+	case KW_OP_DISARM:
+		return kw_trap_disarm(s, (void *)p, out);
 	}
 	return -EOPNOTSUPP;
 }
@@ -229,6 +235,7 @@ static int kw_open(struct inode *inode, struct file *file)
 	mutex_init(&s->lock);
 	INIT_LIST_HEAD(&s->areas);
 	INIT_LIST_HEAD(&s->txns);
+	INIT_LIST_HEAD(&s->sets);
 	file->private_data = s;
 	return 0;
 }
@@ -239,6 +246,7 @@ static int kw_release(struct inode *inode, struct file *file)
 	struct kw_session *s = file->private_data;
 
 	mutex_lock(&kw_lock);
+	kw_trap_session(s);
 	kw_undo_session(s);
 	if (kw_writer == s)
 		kw_writer = NULL;
@@ -273,6 +281,7 @@ static int __init kw_init(void)
 static void __exit kw_exit(void)
 {
 	misc_deregister(&kw_device);
+	kw_traps_exit();
 	kw_undo_exit();
 	kw_areas_exit();
 }

@@ -5,6 +5,8 @@
 #include <linux/kprobes.h>
 #include <linux/sched.h>
 
+#include <asm/text-patching.h>
+
 #include "kw.h"
 
 static void kw_span(struct kw_range *r, const void *start, size_t bytes)
@@ -77,6 +79,15 @@ int kw_denylist(struct kw_out *out)
 	return r ? 0 : -ENOSPC;
 }
 
+/*
+ * Only kprobes that write text of their own: what goes through ftrace is told
+ * by its record, and the text of a kprobe that is gone is somebody else's now.
+ */
+static bool kw_writes_text(struct kprobe *kp)
+{
+	return !kprobe_ftrace(kp) && !kprobe_gone(kp);
+}
+
 static void kw_fill_kprobe(struct kw_patched *p, struct kprobe *kp)
 {
 	memset(p, 0, sizeof(*p));
@@ -84,11 +95,14 @@ static void kw_fill_kprobe(struct kw_patched *p, struct kprobe *kp)
 	p->original[0] = kp->opcode;
 	p->len = 1;
 #ifdef CONFIG_OPTPROBES
-	if (kprobe_optimized(kp)) {
+	if (kprobe_optimized(kp)) { /* its jump may still be to come */
 		struct optimized_kprobe *op = container_of(kp, struct optimized_kprobe, kp);
+		const void *tail = kp->addr + INT3_INSN_SIZE;
 
-		memcpy(p->original + 1, op->optinsn.copied_insn, DISP32_SIZE);
-		p->len = 1 + DISP32_SIZE;
+		if (*(u8 *)kp->addr == JMP32_INSN_OPCODE)
+			tail = op->optinsn.copied_insn;
+		memcpy(p->original + INT3_INSN_SIZE, tail, DISP32_SIZE);
+		p->len = INT3_INSN_SIZE + DISP32_SIZE;
 	}
 #endif
 }
@@ -102,15 +116,16 @@ int kw_kprobes(struct kw_out *out)
 	size_t n = 0;
 	int i;
 
-	mutex_lock(kw_syms.kprobe_mutex);
+	kw_text_lock();
 	for (i = 0; i < KW_KPROBE_BUCKETS; i++)
 		hlist_for_each_entry(kp, &kw_syms.kprobe_table[i], hlist)
-			n++;
+			n += kw_writes_text(kp);
 	p = kw_reserve(out, n * sizeof(*p));
 	for (i = 0; p && i < KW_KPROBE_BUCKETS; i++)
 		hlist_for_each_entry(kp, &kw_syms.kprobe_table[i], hlist)
-			kw_fill_kprobe(p++, kp);
-	mutex_unlock(kw_syms.kprobe_mutex);
+			if (kw_writes_text(kp))
+				kw_fill_kprobe(p++, kp);
+	kw_text_unlock();
 	return p ? 0 : -ENOSPC;
 }
 
@@ -160,7 +175,7 @@ int kw_placed(struct kw_out *out)
 				memset(p, 0, sizeof(*p));
 				p->addr = t->pokes[i].addr;
 				p->len = t->pokes[i].len;
-				p->pinned = t->pinned;
+				p->owner = t->pinned ? KW_LEFT : KW_OURS;
 				memcpy(p->original, t->pokes[i].old, KW_POKE_BYTES);
 				p++;
 			}

@@ -5,10 +5,11 @@
  * Recipe of a commit:
  *   1. check every poke before the first one is written;
  *   2. link the transaction, so that ftrace's hook sees its sites;
- *   3. per batch, under text_mutex: compare old bytes, poke through the
- *      kernel's int3 protocol, read back;
+ *   3. per batch, under kprobe_mutex and text_mutex: look for kprobes, compare
+ *      old bytes, poke through the kernel's int3 protocol, read back;
  *   4. on a mismatch, undo the earlier batches and name the poke.
  */
+#include <linux/kprobes.h>
 #include <linux/memory.h>
 #include <linux/slab.h>
 #include <linux/uaccess.h>
@@ -17,6 +18,7 @@
 
 #define KW_JMP_LEN 5
 #define KW_JMP_OPCODE 0xe9
+#define KW_INT3_OPCODE 0xcc
 
 static u64 kw_next_txn = 1;
 
@@ -31,9 +33,9 @@ int kw_text_matches(const struct kw_poke *p, const u8 *bytes)
 
 #ifdef KW_SEED_NO_SYNC
 /* A fault for the audit to find: whole jumps written at once, CPUs not synchronised. */
-static void kw_queue(u64 addr, const u8 *bytes, u32 len, const u8 *jump)
+static void kw_queue(u64 addr, const u8 *bytes, const u8 *jump)
 {
-	kw_syms.poke((void *)addr, bytes, len);
+	kw_syms.poke((void *)addr, bytes, KW_JMP_LEN);
 }
 
 static void kw_finish(void)
@@ -44,9 +46,9 @@ static void kw_finish(void)
  * The int3 handler needs to know what a CPU that hits the int3 is to do; the
  * jump is right before as well as after, so it is given in both directions.
  */
-static void kw_queue(u64 addr, const u8 *bytes, u32 len, const u8 *jump)
+static void kw_queue(u64 addr, const u8 *bytes, const u8 *jump)
 {
-	kw_syms.poke_queue((void *)addr, bytes, len, jump);
+	kw_syms.poke_queue((void *)addr, bytes, KW_JMP_LEN, jump);
 }
 
 static void kw_finish(void)
@@ -55,13 +57,63 @@ static void kw_finish(void)
 }
 #endif
 
+/*
+ * What is left of a longer instruction behind the jump is dead: it is written
+ * only while the jump is in force, so no CPU can be about to execute it.  It
+ * becomes int3, so that whoever decodes the function finds its boundaries.
+ */
+static void kw_write_rest(const struct kw_poke *p, const u8 *bytes)
+{
+	lockdep_assert_held(kw_syms.text_mutex);
+	if (p->len > KW_JMP_LEN)
+		kw_syms.poke((void *)(p->addr + KW_JMP_LEN), bytes + KW_JMP_LEN,
+			     p->len - KW_JMP_LEN);
+}
+
+/* In the order of the kernel's own register_kprobe(). */
+void kw_text_lock(void)
+{
+	mutex_lock(kw_syms.kprobe_mutex);
+	mutex_lock(kw_syms.text_mutex);
+}
+
+void kw_text_unlock(void)
+{
+	mutex_unlock(kw_syms.text_mutex);
+	mutex_unlock(kw_syms.kprobe_mutex);
+}
+
+/*
+ * A registered kprobe keeps a copy of the instruction it was put on, runs the
+ * copy when it is hit and writes its first byte back when it is disarmed.  The
+ * text does not tell: the kprobe may be disabled now and enabled later.  Those
+ * that go through ftrace do neither, those that are gone never come back.
+ */
+static bool kw_has_kprobe(const struct kw_poke *p)
+{
+	struct kprobe *kp;
+	u32 i;
+
+	lockdep_assert_held(kw_syms.kprobe_mutex);
+	for (i = 0; i < p->len; i++) {
+		kp = kw_syms.get_kprobe((void *)(p->addr + i));
+		if (kp && !kprobe_ftrace(kp) && !kprobe_gone(kp))
+			return true;
+	}
+	return false;
+}
+
 static bool kw_is_jump_into(const struct kw_poke *p, const struct kw_code *code)
 {
 	u64 target, start = (unsigned long)code->mem;
 	s32 rel;
+	u32 i;
 
-	if (p->len != KW_JMP_LEN || p->new_[0] != KW_JMP_OPCODE)
+	if (p->len < KW_JMP_LEN || p->len >= KW_POKE_BYTES || p->new_[0] != KW_JMP_OPCODE)
 		return false;
+	for (i = KW_JMP_LEN; i < p->len; i++)
+		if (p->new_[i] != KW_INT3_OPCODE)
+			return false;
 	memcpy(&rel, p->new_ + 1, sizeof(rel));
 	target = p->addr + KW_JMP_LEN + rel;
 	return target >= start && target < start + code->size;
@@ -69,7 +121,7 @@ static bool kw_is_jump_into(const struct kw_poke *p, const struct kw_code *code)
 
 static bool kw_is_core_text(const struct kw_poke *p)
 {
-	return p->addr >= kw_syms.stext && p->addr + p->len <= kw_syms.etext;
+	return p->addr >= kw_syms.stext && p->addr <= kw_syms.etext - p->len;
 }
 
 /* Keep the kmod that owns the text of poke i loaded; one reference per kmod. */
@@ -131,14 +183,18 @@ static int kw_poke_batch(struct kw_txn *t, u32 from, u32 to, u32 *bad)
 	lockdep_assert_held(kw_syms.text_mutex);
 	for (i = from; i < to; i++) {
 		*bad = i;
+		if (kw_has_kprobe(&t->pokes[i]))
+			return -ESTALE;
 		if (!kw_text_matches(&t->pokes[i], t->pokes[i].old))
 			return -ESTALE;
 	}
 	for (i = from; i < to; i++) {
-		kw_queue(t->pokes[i].addr, t->pokes[i].new_, t->pokes[i].len, t->pokes[i].new_);
+		kw_queue(t->pokes[i].addr, t->pokes[i].new_, t->pokes[i].new_);
 		t->states[i] = KW_PLACED;
 	}
 	kw_finish();
+	for (i = from; i < to; i++)
+		kw_write_rest(&t->pokes[i], t->pokes[i].new_);
 	for (i = from; i < to; i++) {
 		*bad = i;
 		if (WARN_ON_ONCE(!kw_text_matches(&t->pokes[i], t->pokes[i].new_)))
@@ -158,8 +214,11 @@ void kw_text_restore(struct kw_txn *t, u32 from, u32 to)
 
 		if (t->states[i] != KW_PLACED && t->states[i] != KW_STUCK)
 			continue;
-		if (kw_text_matches(p, p->new_)) {
-			kw_queue(p->addr, p->old, p->len, p->new_);
+		if (kw_has_kprobe(p)) {
+			t->states[i] = KW_STUCK;
+		} else if (kw_text_matches(p, p->new_)) {
+			kw_write_rest(p, p->old);
+			kw_queue(p->addr, p->old, p->new_);
 			t->states[i] = KW_RESTORED;
 		} else {
 			t->states[i] = kw_text_matches(p, p->old) ? KW_RESTORED : KW_STUCK;
@@ -171,6 +230,25 @@ void kw_text_restore(struct kw_txn *t, u32 from, u32 to)
 			t->states[i] = KW_STUCK;
 }
 
+/* Queue the old bytes of one site for ftrace, which holds text_mutex. */
+void kw_text_give_back(struct kw_txn *t, u32 i)
+{
+	const struct kw_poke *p = &t->pokes[i];
+
+	lockdep_assert_held(kw_syms.text_mutex);
+	if (!kw_text_matches(p, p->new_))
+		return;
+	kw_write_rest(p, p->old);
+	kw_queue(p->addr, p->old, p->new_);
+	t->states[i] = KW_EVICTED;
+}
+
+void kw_text_flush(void)
+{
+	lockdep_assert_held(kw_syms.text_mutex);
+	kw_finish();
+}
+
 static int kw_poke_all(struct kw_txn *t, u32 *bad)
 {
 	u32 from, to;
@@ -178,9 +256,9 @@ static int kw_poke_all(struct kw_txn *t, u32 *bad)
 
 	for (from = 0; from < t->count && !ret; from = to) {
 		to = min(from + KW_BATCH, t->count);
-		mutex_lock(kw_syms.text_mutex);
+		kw_text_lock();
 		ret = kw_poke_batch(t, from, to, bad);
-		mutex_unlock(kw_syms.text_mutex);
+		kw_text_unlock();
 		cond_resched();
 	}
 	return ret;

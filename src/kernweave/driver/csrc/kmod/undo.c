@@ -3,9 +3,9 @@
 /*
  * Undo: restore text, compare, and pin what somebody else has armed.
  *
- * A site whose bytes are not ours any more (a kprobe on our jump, say) cannot
- * be restored without breaking the other side.  Its transaction, its area and
- * this kmod stay until a worker finds our bytes again.
+ * A site whose bytes are not ours any more, or that a kprobe was registered on
+ * (armed or not), cannot be restored without breaking the other side.  Its
+ * transaction, its area and this kmod stay until a worker finds it ours again.
  */
 #include <linux/slab.h>
 #include <linux/workqueue.h>
@@ -63,9 +63,9 @@ void kw_undo_all(struct kw_txn *t, struct kw_undone *sum)
 
 	for (from = 0; from < t->count; from = to) {
 		to = min(from + KW_BATCH, t->count);
-		mutex_lock(kw_syms.text_mutex);
+		kw_text_lock();
 		kw_text_restore(t, from, to);
-		mutex_unlock(kw_syms.text_mutex);
+		kw_text_unlock();
 		cond_resched();
 	}
 	kw_sum_states(t, sum);

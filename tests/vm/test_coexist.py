@@ -1,0 +1,316 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Others change the same kernel's text: static keys, static calls, ftrace, kprobes, kmods."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import pytest
+
+import kernweave
+from kernweave.driver.link import Link
+from kernweave.errors import Reason, RefusedError
+from kernweave.lab.machine import Lab
+from kernweave.lab.packages import fetch_kernel
+from kernweave.session.attachment import Attachment
+from kernweave.session.session import Session
+from vm.guest import (
+    TRACING,
+    assert_exact,
+    booted,
+    kmodctl,
+    names_of,
+    program,
+    read_text,
+    shell,
+    target,
+    until,
+)
+
+SCHEDULER = ("try_to_wake_up", "ttwu_do_wakeup", "__schedule", "enqueue_task_fair",
+             "dequeue_task_fair", "update_curr", "pick_next_task_fair")  # fmt: skip
+SEED = 20991122
+
+
+@pytest.fixture(scope="module")
+def machine() -> Iterator[Lab]:
+    """One lab for all of these tests; its log must stay clean."""
+    with booted("coexist") as lab:
+        yield lab
+
+
+@pytest.fixture
+def lab(machine: Lab) -> Iterator[Lab]:
+    """The lab, with its text compared before and after, and a session that counts in the end."""
+    before = read_text(machine)
+    yield machine
+    assert_exact(machine)
+    assert not before.changed(read_text(machine))
+    assert not machine.trouble()
+
+
+@pytest.fixture
+def session(lab: Lab) -> Iterator[Session]:
+    with kernweave.connect(target(lab)) as made:
+        yield made
+
+
+@pytest.fixture
+def other(lab: Lab) -> Iterator[Link]:
+    """A second session, of somebody else, who tidies up."""
+    with lab.connect() as link:
+        yield link
+        shell(
+            link,
+            f"""cd {TRACING}
+            echo nop > current_tracer
+            echo > set_ftrace_filter
+            for e in events/kprobes/*/enable; do [ ! -e $e ] || echo 0 > $e; done
+            echo > kprobe_events""",
+        )
+
+
+def insns(*functions: str) -> list[str]:
+    return [f"{name}@insns" for name in functions]
+
+
+def work(session: Session, rounds: int = 2) -> None:
+    session.run([program("mixed"), str(rounds)], check=True)
+
+
+def points_of(hits: Attachment, tactic: str) -> list[tuple[str, int]]:
+    """(function, offset) of what was placed by a tactic."""
+    return [(row.function, row.offset) for row in hits.rows() if row.tactic == tactic]
+
+
+# ---- static keys and static calls --------------------------------------------------------------
+
+
+def test_static_key_that_flips_inside_counted_functions_does_no_harm(
+    session: Session, other: Link
+) -> None:
+    with session.count(*insns(*SCHEDULER), partial=True) as hits:
+        assert Reason.JUMP_LABEL in {one.reason for one in hits.refused}
+        for _ in range(5):
+            for value in (1, 0):
+                shell(other, f"echo {value} > /proc/sys/kernel/sched_schedstats")
+                work(session, 1)
+    assert hits.text_restored
+    assert sum(row.hits for row in hits.rows()) > 0
+
+
+def test_static_calls_that_change_inside_counted_functions_do_no_harm(
+    session: Session, other: Link
+) -> None:
+    preempt = "/sys/kernel/debug/sched/preempt"
+    calls = ("__cond_resched", "preempt_schedule", "preempt_schedule_notrace",
+             "irqentry_exit_cond_resched", "down_read", "mutex_lock", "copy_page_range",
+             "__alloc_pages", "kmem_cache_alloc", "vfs_read")  # fmt: skip
+    known = [name for name in (*SCHEDULER, *calls) if session.view.images[0].find(name)]
+    with session.count(*insns(*known), partial=True) as hits:
+        assert Reason.STATIC_CALL in {one.reason for one in hits.refused}
+        for mode in ("full", "none", "voluntary", "full", "voluntary"):
+            shell(other, f"echo {mode} > {preempt}")
+            assert f"({mode})" in shell(other, f"cat {preempt}")
+            work(session, 1)
+    assert hits.text_restored
+
+
+# ---- ftrace ------------------------------------------------------------------------------------
+
+
+def trace(link: Link, tracer: str, functions: str) -> None:
+    shell(
+        link, f"cd {TRACING}; echo '{functions}' > set_ftrace_filter; echo {tracer} > current_tracer"
+    )
+
+
+def traced(link: Link, function: str) -> bool:
+    shell(link, "cat /proc/self/status")
+    return function in shell(link, f"cat {TRACING}/trace")
+
+
+def test_entry_that_ftrace_uses_first_is_refused(session: Session, other: Link) -> None:
+    trace(other, "function", "vfs_read")
+    with pytest.raises(RefusedError) as refused:
+        session.count("vfs_read")
+    assert [reason for _, reason, _ in refused.value.refused] == [Reason.BUSY_FTRACE]
+    with session.count("vfs_read@insns", partial=True) as hits:
+        work(session, 1)
+    assert hits.text_restored
+    assert [one.point for one in hits.refused if one.reason is Reason.BUSY_FTRACE] == ["vfs_read+0x0"]
+
+
+@pytest.mark.parametrize("tracer", ["function", "function_graph"])
+def test_ftrace_that_comes_later_gets_the_entry_and_the_point_is_not_exact(
+    session: Session, other: Link, tracer: str
+) -> None:
+    with session.count("vfs_read", "vfs_write") as hits:
+        trace(other, tracer, "vfs_read")
+        assert traced(other, "vfs_read")
+    assert [(row.function, row.exact) for row in hits.rows()] == [
+        ("vfs_read", False),
+        ("vfs_write", True),
+    ]
+    assert hits.text_restored
+    assert hits.evicted == 1
+    assert traced(other, "vfs_read")
+
+
+@pytest.mark.parametrize("tracer", ["function", "function_graph"])
+def test_ftrace_of_all_functions_evicts_two_thousand_entries(
+    session: Session, other: Link, tracer: str
+) -> None:
+    print("seed", SEED)
+    symbols, names = names_of(session)
+    ftrace = set(session.view.sites.ftrace.tolist())
+    entries = [name for name in names if symbols.find(name)[0] in ftrace]
+    chosen = random.Random(SEED).sample(entries, 2000)
+    with session.count(*chosen, partial=True) as hits:
+        shell(other, f"cd {TRACING}; echo > set_ftrace_filter; echo {tracer} > current_tracer")
+        shell(other, f"echo nop > {TRACING}/current_tracer")
+        work(session, 1)
+    assert hits.text_restored
+    assert hits.evicted > 1500
+    assert session.count("vfs_read").placed
+
+
+# ---- kprobes -----------------------------------------------------------------------------------
+
+
+def add_kprobe(link: Link, place: tuple[str, int], enable: bool) -> None:
+    name, off = place
+    shell(link, f"echo 'p:theirs {name}+{off:#x}' > {TRACING}/kprobe_events")
+    if enable:
+        shell(link, f"echo 1 > {TRACING}/events/kprobes/theirs/enable")
+
+
+def set_kprobe(link: Link, value: int) -> None:
+    shell(link, f"echo {value} > {TRACING}/events/kprobes/theirs/enable")
+
+
+def remove_kprobe(link: Link) -> None:
+    shell(link, f"[ ! -e {TRACING}/events/kprobes/theirs ] || echo 0 > "
+                f"{TRACING}/events/kprobes/theirs/enable; echo > {TRACING}/kprobe_events")  # fmt: skip
+
+
+@pytest.mark.parametrize("armed", [True, False], ids=["armed", "registered"])
+def test_kprobe_that_is_there_first_is_busy(session: Session, other: Link, armed: bool) -> None:
+    with session.count("vfs_read@insns", partial=True) as hits:
+        place = points_of(hits, "jmp32")[3]
+    add_kprobe(other, place, armed)
+    with pytest.raises(RefusedError) as refused:
+        session.count(f"{place[0]}+{place[1]:#x}")
+    assert [reason for _, reason, _ in refused.value.refused] == [Reason.BUSY_KPROBE]
+    with session.count("vfs_read@insns", partial=True) as rest:
+        work(session, 1)
+    assert rest.text_restored
+
+
+@pytest.mark.parametrize("armed", [True, False], ids=["armed", "registered"])
+def test_kprobe_on_our_site_pins_it_until_the_kprobe_goes(
+    lab: Lab, other: Link, armed: bool
+) -> None:
+    with kernweave.connect(target(lab)) as session:
+        hits = session.count("vfs_read@insns", partial=True)
+        place = points_of(hits, "jmp32")[3]
+        add_kprobe(other, place, armed)
+        work(session, 1)
+        hits.detach()
+        work(session, 1)
+        assert not hits.text_restored
+        assert len(hits.unrestored) == 1
+    set_kprobe(other, 1)
+    shell(other, "cat /proc/self/status")
+    set_kprobe(other, 0)
+    shell(other, "cat /proc/self/status")
+    with kernweave.connect(target(lab), writer=False) as reader:
+        assert reader.driver.facts.pinned == 1
+        assert [int(row["pinned"]) for row in reader.driver.placed()] == [1]
+    assert kmodctl(other, "unload", "kernweave") == "EAGAIN"
+    remove_kprobe(other)
+    until("nothing is pinned", lambda: _pinned(lab) == 0)
+
+
+def _pinned(lab: Lab) -> int:
+    with kernweave.connect(target(lab), writer=False) as reader:
+        return reader.driver.facts.pinned
+
+
+def test_kprobe_on_a_counted_entry_evicts_it(session: Session, other: Link) -> None:
+    with session.count("vfs_read") as hits:
+        add_kprobe(other, ("vfs_read", 0), True)
+        shell(other, "cat /proc/self/status")
+        assert "theirs" in shell(other, f"cat {TRACING}/trace")
+    assert [row.exact for row in hits.rows()] == [False]
+    assert hits.text_restored
+
+
+def test_kprobe_through_ftrace_does_not_hide_the_code_behind_it(
+    session: Session, other: Link
+) -> None:
+    with session.count("vfs_read@insns", partial=True) as hits:
+        before = [point.text for point in hits.placed]
+    add_kprobe(other, ("vfs_read", 0), True)
+    with session.count("vfs_read@insns", partial=True) as hits:
+        work(session, 1)
+        assert [point.text for point in hits.placed] == before[1:]
+
+
+def test_optimised_kprobes_and_our_sites_side_by_side_do_no_harm(
+    session: Session, other: Link
+) -> None:
+    with session.count("vfs_read@insns", partial=True) as hits:
+        offsets = sorted(row.offset for row in hits.rows())
+        refused = [one for one in hits.refused if one.reason is Reason.TOO_SHORT]
+        short = [int(one.point.partition("+")[2], 16) for one in refused]
+    for off in short[:12]:  # instructions before ours: a jump there may cover ours
+        add_kprobe(other, ("vfs_read", off), True)
+        with session.count("vfs_read@insns", partial=True) as hits:
+            work(session, 1)
+            assert hits.plan.addr.size
+        assert hits.text_restored
+        remove_kprobe(other)
+    with session.count("vfs_read@insns", partial=True) as hits:
+        for off in short[:12]:
+            add_kprobe(other, ("vfs_read", off), True)
+            shell(other, "cat /proc/self/status")
+            remove_kprobe(other)
+        work(session, 1)
+    assert offsets
+    assert hits.text_restored
+
+
+# ---- kmods -------------------------------------------------------------------------------------
+
+
+def test_kmod_that_comes_and_goes_while_counted(lab: Lab, session: Session, other: Link) -> None:
+    path = _find_kmod("loop")
+    with session.count("vfs_read@insns", "load_module@insns", partial=True) as hits:
+        for _ in range(3):
+            assert kmodctl(other, "load", path) == "ok"
+            assert kmodctl(other, "unload", "loop") == "ok"
+    assert hits.text_restored
+    assert kmodctl(other, "load", path) == "ok"
+    with session.count("loop:*@insns", partial=True) as hits:
+        assert hits.rows()[0].kmod == "loop"
+        assert kmodctl(other, "unload", "loop") == "EAGAIN"
+        work(session, 1)
+    assert hits.text_restored
+    assert kmodctl(other, "unload", "loop") == "ok"
+
+
+def test_points_in_the_agents_own_kmod_count(session: Session) -> None:
+    with session.count("virtio_console:*@insns", "9p:*@blocks", partial=True) as hits:
+        work(session, 1)
+    rows = {row.point: row.hits for row in hits.rows()}
+    assert rows["virtio_console:port_fops_write"] > 0
+    assert hits.text_restored
+
+
+def _find_kmod(name: str) -> str:
+    root = fetch_kernel("6.1", print)
+    found = sorted(root.modules.rglob(f"{name}.ko"))
+    assert found, f"{name}.ko is not in the kernel's package"
+    return str(found[0])
