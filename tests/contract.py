@@ -20,7 +20,7 @@ import pytest
 
 from kernweave.driver import uapi
 from kernweave.driver.client import Area, Chunk, CommitError, Driver, Rows
-from kernweave.driver.uapi import Op, State
+from kernweave.driver.uapi import Op, Owner, State
 from kernweave.errors import DriverError
 from kernweave.model.plan import Tactic
 from kernweave.splice.layout import COUNTER_BYTES, Site, bind, draft
@@ -456,7 +456,8 @@ class CommitContract:
         assert splice.text(driver) == 2 * NOP5
 
     @pytest.mark.parametrize(
-        ("field", "value"), [("len", 4), ("len", 6), ("len", 0), ("new_", 0xE8), ("new_", 0xEB)]
+        ("field", "value"),
+        [("len", 4), ("len", 6), ("len", 0), ("len", 16), ("new_", 0xE8), ("new_", 0xEB)],
     )
     def test_commit_of_other_than_jump_is_refused(
         self, sessions: Sessions, field: str, value: int
@@ -607,10 +608,48 @@ class UndoContract:
         rows = sessions.driver(writer=False).placed()
         assert rows["addr"].tolist() == splice.pokes["addr"].tolist()
         assert rows["len"].tolist() == [5, 5]
-        assert rows["pinned"].tolist() == [0, 0]
+        assert rows["owner"].tolist() == [Owner.OURS] * 2
         assert rows["original"][:, :5].tobytes() == 2 * NOP5
         driver.undo(txn)
         assert not len(driver.placed())
+
+    def test_traps_are_armed_where_allowed_and_taken_out(self, sessions: Sessions) -> None:
+        driver = sessions.driver()
+        site = int(nop_sites(driver, 1)[0]) + 5  # the instruction behind an ftrace nop
+        area = driver.area(PAGE)
+        chunk = driver.percpu(area, 16)
+        traps = np.zeros(4, uapi.TRAP)
+        traps["addr"] = [site, area.addr, site, site]
+        traps["chunk"] = [chunk.index, chunk.index, chunk.index + 1, chunk.index]
+        traps["off"] = [8, 0, 0, 16]
+        before = driver.read(site, 1)
+        number, statuses = driver.arm(area, traps)
+        codes = [0, -errno.EINVAL, -errno.ENOENT, -errno.E2BIG]
+        assert statuses.tolist() == codes
+        rows = driver.kprobes()
+        assert rows[["addr", "len", "owner"]].tolist() == [(site, 1, Owner.OURS)]
+        assert rows["original"][0, :1].tobytes() == before
+        with pytest.raises(DriverError) as error:
+            driver.free(area)
+        assert refusal(error) == "EBUSY"
+        assert driver.disarm(number).shape == (4,)
+        assert driver.read(site, 1) == before
+        assert not len(driver.kprobes())
+        assert driver.disarm(number).shape == (4,)
+        driver.quiesce()
+        driver.free(area)
+
+    def test_traps_are_taken_out_by_close(self, sessions: Sessions) -> None:
+        reader, writer = sessions.driver(writer=False), sessions.driver()
+        site = int(nop_sites(writer, 1)[0]) + 5
+        before = reader.read(site, 1)
+        area = writer.area(PAGE)
+        traps = np.zeros(1, uapi.TRAP)
+        traps["addr"], traps["chunk"] = site, writer.percpu(area, 8).index
+        assert writer.arm(area, traps)[1].tolist() == [0]
+        assert reader.read(site, 1) == b"\xcc" != before
+        sessions.close_last()
+        assert reader.read(site, 1) == before
 
     def test_forget_of_placed_transaction_is_refused(self, sessions: Sessions) -> None:
         driver = sessions.driver()

@@ -12,7 +12,7 @@ from contract import MANY, NOP5, UNMAPPED, DriverContract, make_splice
 from kernweave.driver import uapi
 from kernweave.driver.client import CommitError, Driver
 from kernweave.driver.fake import TEXT_START, FakeKernel, FakeSession
-from kernweave.driver.uapi import State
+from kernweave.driver.uapi import Owner, State
 from kernweave.errors import DriverError
 
 STRIDE = 16
@@ -128,7 +128,7 @@ def test_close_with_foreign_site_pins_it_until_they_leave() -> None:
     reader = Driver(kernel.open().call, writer=False)
     kernel.retry_pinned()
     assert reader.facts.pinned == 1
-    assert reader.placed()[["addr", "pinned"]].tolist() == [(site, 1)]
+    assert reader.placed()[["addr", "owner"]].tolist() == [(site, Owner.LEFT)]
     assert reader.read(splice.area.addr, 1) != b""  # its jump still leads there
     kernel.write_foreign(site, b"\xe9")
     kernel.retry_pinned()
@@ -188,3 +188,34 @@ def test_commit_in_kmod_holds_it_until_forgotten() -> None:
     with pytest.raises(CommitError) as error:
         driver.commit(splice.area, splice.pokes)
     assert error.value.errno == errno.EFAULT
+
+
+def test_kprobe_of_others_blocks_commit_and_undo() -> None:
+    kernel = make_kernel()
+    driver = Driver(kernel.open().call)
+    splice = make_splice(driver)
+    txn = driver.commit(splice.area, splice.pokes)
+    kernel.kprobes = np.zeros(1, uapi.PATCHED)
+    kernel.kprobes["addr"] = splice.pokes["addr"][1] + np.uint64(4)  # bytes are still ours
+    assert driver.undo(txn).stuck == 1
+    kernel.kprobes = kernel.kprobes[:0]
+    assert driver.undo(txn).restored == 2
+    kernel.kprobes = np.zeros(1, uapi.PATCHED)
+    kernel.kprobes["addr"] = splice.pokes["addr"][1]
+    with pytest.raises(CommitError) as error:
+        driver.commit(splice.area, splice.pokes)
+    assert (error.value.errno, error.value.index) == (errno.ESTALE, 1)
+
+
+def test_commit_of_longer_instruction_fills_its_rest_with_int3() -> None:
+    kernel = make_kernel()
+    driver = Driver(kernel.open().call)
+    splice = make_splice(driver, 1)
+    splice.pokes["len"] = 6
+    splice.pokes["old"][0, 5] = 0xC3
+    splice.pokes["new_"][0, 5] = 0xCC
+    site = int(splice.pokes["addr"][0])
+    txn = driver.commit(splice.area, splice.pokes)
+    assert driver.read(site + 5, 1) == INT3
+    driver.undo(txn)
+    assert driver.read(site, 6) == NOP5 + b"\xc3"

@@ -66,11 +66,12 @@ def python_constants() -> Numbers:
         for name, value in vars(uapi).items()
         if name.isupper() and isinstance(value, int)
     }
-    enums: dict[str, type[IntEnum]] = {
-        "KW": uapi.State,
-        "KW_OP": uapi.Op,
-    }
-    for prefix, enum in enums.items():
+    enums: tuple[tuple[str, type[IntEnum]], ...] = (
+        ("KW", uapi.State),
+        ("KW", uapi.Owner),
+        ("KW_OP", uapi.Op),
+    )
+    for prefix, enum in enums:
         found |= {f"{prefix}_{member.name}": (int(member), 0) for member in enum}
     return found | {f"KW_FACT_{bit.name}": (int(bit), 0) for bit in uapi.Fact}
 

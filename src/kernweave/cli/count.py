@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import click
 
 from kernweave import connect
+from kernweave.cli.files import check_path, write_rows
 from kernweave.cli.output import (
     print_error,
     print_json,
@@ -26,7 +28,7 @@ END_SCHEMA = "kernweave.end/1"
 _SHOWN_ROWS = 30
 
 #: options whose mechanism is not there yet
-_LATER = ("--scope", "--syscall", "--root", "--pid")
+_LATER = ("--scope", "--syscall", "--root", "--pid", "--follow")
 
 
 class _CountCommand(click.Command):
@@ -40,7 +42,7 @@ class _CountCommand(click.Command):
         **extra: Any,
     ) -> click.Context:
         for option in args:
-            if option.split("=", 1)[0] in (*_LATER, "--follow", "-o"):
+            if option.split("=", 1)[0] in _LATER:
                 raise click.UsageError(f"{option.split('=', 1)[0]} is not there yet")
         return super().make_context(info_name, args, parent, **extra)
 
@@ -66,6 +68,13 @@ def _engine(ctx: click.Context, param: click.Parameter, value: str) -> str:
 )
 @click.option("--all", "every", is_flag=True, help="Print every row, not the first 30.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
+@click.option(
+    "-o",
+    "file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Also write every row to FILE: .jsonl, .csv or .parquet.",
+)
 @click.pass_obj
 def count(
     obj: dict[str, Any],
@@ -77,6 +86,7 @@ def count(
     engine: str,
     every: bool,
     as_json: bool,
+    file: Path | None,
 ) -> int:
     """Count how often each POINT runs, in the whole system, while CMD runs.
 
@@ -94,6 +104,8 @@ def count(
     """  # noqa: D301
     if seconds is not None and seconds <= 0:
         raise UsageError(f"--for {seconds:g} is no time", help="give a number of seconds above 0")
+    if file is not None:
+        check_path(file)
     tactics = _tactics(tactic, no_trap)
     with connect(obj["target"], progress=progress) as session:
         done = None
@@ -110,6 +122,8 @@ def count(
                 done = _wait(session, obj["command"], seconds)
         report = _print_json if as_json else _print_human
         report(session, hits, done, every)
+        if file is not None:
+            write_rows(file, hits, end_row(session, hits, done))
     if hits.unrestored:
         print_error(
             f"{len(hits.unrestored)} sites are armed by somebody else and stay for now",

@@ -13,11 +13,17 @@ import click
 from kernweave.cli.output import print_error
 from kernweave.errors import KernweaveError
 
-#: command -> module that holds a click command of the same name; imported when it is used
-_COMMANDS = {"count": "count", "doctor": "doctor", "lab": "lab"}
+#: command -> name of the click command in the module called like it; imported when it is used
+_COMMANDS = {
+    "count": "count",
+    "show": "show",
+    "sites": "sites",
+    "list": "list_",
+    "lab": "lab",
+    "doctor": "doctor",
+}
 _LATER = (
-    "analyze", "bench", "callees", "callers", "list", "query", "run", "show", "sites", "time",
-    "trace",
+    "analyze", "bench", "callees", "callers", "query", "run", "time", "trace",
 )  # fmt: skip
 
 _EPILOG = """\b
@@ -40,8 +46,8 @@ class _Commands(click.Group):
             raise click.UsageError(f"{cmd_name} is not there yet")
         if cmd_name not in _COMMANDS:
             return None
-        module = importlib.import_module(f"kernweave.cli.{_COMMANDS[cmd_name]}")
-        command = getattr(module, cmd_name)
+        module = importlib.import_module(f"kernweave.cli.{cmd_name}")
+        command = getattr(module, _COMMANDS[cmd_name])
         assert isinstance(command, click.Command)
         return command
 

@@ -9,6 +9,7 @@ The same contract tests run against it and against the real driver.  Each class 
                   csrc/kmod/undo.c    sites that wait for somebody else, in `retry_pinned`
                   csrc/kmod/ftrace.c  sites given back, in `yield_to_ftrace`
     fake_area.py  csrc/kmod/area.c    areas, per-CPU chunks, quiescence
+    fake_trap.py  csrc/kmod/trap.c    counters behind kprobes
     fake_text.py  csrc/kmod/text.c    transactions; and their undo, csrc/kmod/undo.c
 """
 
@@ -24,6 +25,7 @@ from kernweave.driver import uapi
 from kernweave.driver.fake_area import Areas, FakeArea
 from kernweave.driver.fake_memory import Memory, Out, RefusalError, refuse_if, row_bytes
 from kernweave.driver.fake_text import Batch, FakeTxn, Text
+from kernweave.driver.fake_trap import FakeSet, Traps
 from kernweave.driver.uapi import Fact, Op, State
 from kernweave.errors import DriverError
 
@@ -50,6 +52,8 @@ _RULES: dict[int, tuple[int, bool]] = {  # smallest payload, needs a writer
     Op.COUNTERS: (uapi.SLICE.itemsize, True),
     Op.FREE: (uapi.SLICE.itemsize, True),
     Op.FORGET: (uapi.SIZE.itemsize, True),
+    Op.ARM: (uapi.COMMIT.itemsize, True),
+    Op.DISARM: (uapi.SIZE.itemsize, True),
 }
 
 
@@ -61,7 +65,8 @@ class FakeKernel:
         symbols: address by name.
         kmods: `uapi.KMOD` rows.
         denylist: `uapi.RANGE` rows.
-        kprobes: `uapi.PATCHED` rows.
+        kprobes: `uapi.PATCHED` rows, of others.
+        traps: kprobes of all sessions.
         ftrace: `uapi.RECORD` rows.
         areas: executable memory of all sessions.
         text: transactions of all sessions and the log of text writes.
@@ -89,7 +94,9 @@ class FakeKernel:
         self.ftrace = np.zeros(0, uapi.RECORD)
         self.areas = Areas(self.memory, AREA_START, cpus)
         self.text_range = (text_start, text_start + len(text))
-        self.text = Text(self.memory, self.text_range, self.areas, self._kmod_at)
+        self.traps = Traps(self.memory, self.areas, self._check_probe)
+        places = (self._kmod_at, self._has_kprobe)
+        self.text = Text(self.memory, self.text_range, self.areas, *places)
         self.writer: FakeSession | None = None
         self.pinned: list[FakeTxn] = []
 
@@ -167,6 +174,18 @@ class FakeKernel:
             parts.append(self.memory.read(start, end - start))
         out.payload = b"".join(parts)
 
+    def _check_probe(self, addr: int) -> bool:
+        """What `register_kprobe` checks; whether the probe goes through ftrace."""
+        inside = self.text_range[0] <= addr < self.text_range[1] or self._kmod_at(addr)
+        denied = (self.denylist["start"] <= addr) & (addr < self.denylist["end"])
+        refuse_if(not inside or bool(denied.any()), errno.EINVAL)
+        return bool((self.ftrace["ip"] == addr).any())
+
+    def _has_kprobe(self, addr: int, size: int) -> bool:
+        """Whether a kprobe was registered on one of these bytes: `kw_has_kprobe`."""
+        others = set(self.kprobes["addr"].tolist())
+        return not (self.traps.addrs() | others).isdisjoint(range(addr, addr + size))
+
     def _kmod_at(self, addr: int) -> str | None:
         """The kmod whose text holds an address: `__module_text_address`."""
         rows = self.kmods
@@ -183,6 +202,7 @@ class FakeSession:
         self._open = True
         self._areas: dict[int, FakeArea] = {}
         self._txns: dict[int, FakeTxn] = {}
+        self._sets: dict[int, FakeSet] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -221,6 +241,8 @@ class FakeSession:
             return
         self._open = False
         kernel = self._kernel
+        for trap_set in self._sets.values():
+            kernel.traps.drop(trap_set)
         for txn in reversed(self._txns.values()):
             if txn.area is not None and kernel.text.undo(txn).stuck:
                 txn.pinned = True
@@ -320,6 +342,22 @@ class FakeSession:
         row = row_bytes(uapi.UNDONE, restored=done.restored, evicted=done.evicted, stuck=done.stuck)
         out.put(row + np.array(txn.addrs(State.STUCK), "<u8").tobytes())
 
+    def _arm(self, payload: bytes, out: Out) -> None:
+        size = uapi.COMMIT.itemsize
+        request = np.frombuffer(payload[:size], uapi.COMMIT)[0]
+        count, rows = int(request["count"]), payload[size:]
+        wrong = not 0 < count <= uapi.MAX_POKES or len(rows) != count * uapi.TRAP.itemsize
+        refuse_if(wrong, errno.EINVAL)
+        made, statuses = self._kernel.traps.arm(self._area(int(request["area"])), rows)
+        self._sets[made.id] = made
+        out.put(np.array([made.id, *statuses], "<i8").tobytes())
+
+    def _disarm(self, payload: bytes, out: Out) -> None:
+        made = self._sets.get(_value(payload))
+        if made is None:
+            raise RefusalError(errno.ENOENT)
+        out.put(self._kernel.traps.disarm(made))
+
     def _forget(self, payload: bytes, out: Out) -> None:
         txn = self._txn(payload)
         refuse_if(txn.area is not None, errno.EBUSY)
@@ -334,7 +372,7 @@ _HANDLERS: dict[Op, Handler] = {
     Op.READ: lambda s, payload, out: s._kernel.read(payload, out),
     Op.KMODS: lambda s, _, out: out.put(s._kernel.kmods.tobytes()),
     Op.DENYLIST: lambda s, _, out: out.put(s._kernel.denylist.tobytes()),
-    Op.KPROBES: lambda s, _, out: out.put(s._kernel.kprobes.tobytes()),
+    Op.KPROBES: lambda s, _, out: out.put(s._kernel.kprobes.tobytes() + s._kernel.traps.rows()),
     Op.FTRACE: lambda s, _, out: out.put(s._kernel.ftrace.tobytes()),
     Op.PLACED: lambda s, _, out: out.put(s._kernel.text.placed()),
     Op.AREA: FakeSession._alloc,
@@ -348,6 +386,8 @@ _HANDLERS: dict[Op, Handler] = {
     Op.COUNTERS: FakeSession._counters,
     Op.FREE: FakeSession._free,
     Op.FORGET: FakeSession._forget,
+    Op.ARM: FakeSession._arm,
+    Op.DISARM: FakeSession._disarm,
 }
 
 

@@ -13,10 +13,11 @@ from kernweave.driver import uapi
 from kernweave.driver.client import Undone
 from kernweave.driver.fake_area import Areas, FakeArea
 from kernweave.driver.fake_memory import Memory, Out, RefusalError, refuse_if, row_bytes
-from kernweave.driver.uapi import State
+from kernweave.driver.uapi import Owner, State
 
 _JUMP_BYTES = 5
 _JUMP_OPCODE = 0xE9
+_INT3 = b"\xcc"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +78,13 @@ class Text:
         core: tuple[int, int],
         areas: Areas,
         kmod_at: Callable[[int], str | None],
+        has_kprobe: Callable[[int, int], bool],
     ) -> None:
         self._memory = memory
         self._core = core
         self._areas = areas
         self._kmod_at = kmod_at
+        self._has_kprobe = has_kprobe
         self._next_id = 1
         self.log: list[Batch] = []
         self.txns: list[FakeTxn] = []
@@ -128,6 +131,7 @@ class Text:
             batch = range(start, min(start + uapi.BATCH, len(txn.pokes)))
             for out.detail in batch:
                 poke = txn.pokes[out.detail]
+                refuse_if(self._has_kprobe(poke.addr, len(poke.old)), errno.ESTALE)
                 refuse_if(not self._memory.matches(poke.addr, poke.old), errno.ESTALE)
             writes = []
             for i in batch:
@@ -158,7 +162,9 @@ class Text:
             if txn.states[i] not in (State.PLACED, State.STUCK):
                 continue
             txn.states[i] = State.RESTORED
-            if self._memory.matches(poke.addr, poke.new):
+            if self._has_kprobe(poke.addr, len(poke.old)):
+                txn.states[i] = State.STUCK
+            elif self._memory.matches(poke.addr, poke.new):
                 writes.append(Write(poke.addr, poke.new, poke.old))
             elif not self._memory.matches(poke.addr, poke.old):
                 txn.states[i] = State.STUCK
@@ -170,8 +176,8 @@ class Text:
             for i, poke in enumerate(txn.pokes):
                 if poke.addr != addr or txn.states[i] != State.PLACED:
                     continue
-                self._restore(txn, range(i, i + 1))
-                if txn.states[i] == State.RESTORED:
+                if self._memory.matches(poke.addr, poke.new):
+                    self._flush([Write(poke.addr, poke.new, poke.old)], undo=True)
                     txn.states[i] = State.EVICTED
                 return
 
@@ -190,7 +196,7 @@ class Text:
                 uapi.PATCHED,
                 addr=poke.addr,
                 len=len(poke.old),
-                pinned=txn.pinned,
+                owner=Owner.LEFT if txn.pinned else Owner.OURS,
                 original=np.frombuffer(poke.whole, np.uint8),
             )
             for txn in self.txns
@@ -215,7 +221,10 @@ def _poke(row: np.void) -> FakePoke:
 def _is_jump_into(row: np.void, area: FakeArea) -> bool:
     """`kw_is_jump_into`."""
     new = bytes(row["new_"])
-    if row["len"] != _JUMP_BYTES or new[0] != _JUMP_OPCODE:
+    size = int(row["len"])
+    if not _JUMP_BYTES <= size < uapi.POKE_BYTES or new[0] != _JUMP_OPCODE:
+        return False
+    if new[_JUMP_BYTES:size].strip(_INT3):  # what is left of a longer instruction
         return False
     distance = int.from_bytes(new[1:_JUMP_BYTES], "little", signed=True)
     target = (int(row["addr"]) + _JUMP_BYTES + distance) % (1 << 64)

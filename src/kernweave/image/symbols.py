@@ -94,8 +94,9 @@ class Symbols:
         return difflib.get_close_matches(name, pool, count, 0.6)
 
 
-def _rank(name: str) -> tuple[bool, int, str]:
-    return (name.startswith("__") or "." in name, len(name), name)
+def _rank(name: str) -> tuple[bool, bool, int, str]:
+    marker = name.endswith(("_start", "_end", "_begin"))
+    return (marker, name.startswith("__") or "." in name, len(name), name)
 
 
 def make_symbols(

@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
+import numpy.typing as npt
 
-from kernweave.analysis.code import Part, build_code
+from kernweave.analysis.code import Code, Part, build_code
+from kernweave.analysis.liveness import live_before
 from kernweave.driver.client import Driver
 from kernweave.driver.link import Link
 from kernweave.driver.records import ExitStatus
@@ -27,6 +29,7 @@ from kernweave.model.plan import Tactic
 from kernweave.model.point import parse_point
 from kernweave.session.attach import (
     Amend,
+    Choice,
     check_refusals,
     choose,
     commit,
@@ -34,7 +37,8 @@ from kernweave.session.attach import (
     rules_for,
 )
 from kernweave.session.attachment import Attachment
-from kernweave.session.resolve import Resolver
+from kernweave.session.resolve import Resolved, Resolver
+from kernweave.session.survey import FunctionInfo, SiteVerdict, list_functions, verdicts
 from kernweave.session.target import open_link
 from kernweave.session.view import KernelView
 from kernweave.splice.hook import bind_hook, hook_row, hook_size
@@ -145,6 +149,52 @@ class Session:
 
     # ---- counting ------------------------------------------------------------------------------
 
+    def sites(
+        self,
+        *points: str,
+        tactics: Sequence[str] | None = None,
+    ) -> list[SiteVerdict]:
+        """What `count` would do with each point: a tactic or a reason; changes nothing.
+
+        Args:
+            points: as in the point grammar.
+            tactics: allowed tactics, in order; None: all.
+
+        Raises:
+            UsageError: not a point.
+        """
+        resolved, choice = self._choose(points, tactics)
+        return verdicts(resolved, choice)
+
+    def decode(self, function: str) -> tuple[Code, npt.NDArray[np.uint32]]:
+        """The instructions of a function and its cold parts, and what is live before each.
+
+        Raises:
+            RefusedError: no such function, or several of that name.
+        """
+        self._view.refresh()
+        resolved = Resolver(self._view).resolve([parse_point(f"{function}@insns")])
+        check_refusals(
+            Choice(resolved.points, (), resolved.rows, resolved.refused), resolved, False
+        )
+        return resolved.code, live_before(resolved.code, self._view.sites)
+
+    def functions(self, glob: str = "*") -> list[FunctionInfo]:
+        """Functions whose names match, in address order; kmods included."""
+        self._view.refresh()
+        return list_functions(self._view, parse_point(glob))
+
+    def _choose(
+        self, points: Sequence[str], tactics: Sequence[str] | None
+    ) -> tuple[Resolved, Choice]:
+        specs = [parse_point(point) for point in points]
+        if not specs:
+            raise UsageError("no point given", help="name a function, for instance vfs_read")
+        self._view.refresh()
+        resolved = Resolver(self._view).resolve(specs)
+        rules = rules_for(self._driver.facts.flags, self._tactics(tactics))
+        return resolved, choose(resolved, self._view.sites, rules)
+
     def count(
         self,
         *points: str,
@@ -170,13 +220,7 @@ class Session:
             ...     k.run(["true"])
             >>> hits.rows()  # doctest: +SKIP
         """
-        specs = [parse_point(point) for point in points]
-        if not specs:
-            raise UsageError("no point given", help="name a function, for instance vfs_read")
-        self._view.refresh()
-        resolved = Resolver(self._view).resolve(specs)
-        rules = rules_for(self._driver.facts.flags, self._tactics(tactics))
-        choice = choose(resolved, self._view.sites, rules)
+        resolved, choice = self._choose(points, tactics)
         check_refusals(choice, resolved, partial)
         if not self._hooked and any(site.tactic is Tactic.NOP5 for site in choice.sites):
             self._hook_ftrace()
