@@ -20,7 +20,6 @@ import numpy.typing as npt
 from kernweave.analysis.code import Code, Part, build_code
 from kernweave.analysis.liveness import live_before
 from kernweave.driver.client import Driver
-from kernweave.driver.link import Link
 from kernweave.driver.records import ExitStatus
 from kernweave.driver.uapi import Fact
 from kernweave.errors import KernweaveError, UsageError
@@ -90,7 +89,7 @@ class Session:
     ) -> None:
         """Connect; see `kernweave.connect`."""
         self.target = f"{target}:6.1" if target == "lab" else target
-        self._link: Link = open_link(target, progress)
+        self._link = open_link(target, progress)
         self._attachments: list[Attachment] = []
         self._hooked = False
         self._fresh = True

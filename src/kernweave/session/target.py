@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Where the kernel runs: a target's name to a link with its agent."""
+"""Where the kernel runs: a target's name to a link with its driver."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
+from typing import Protocol
 
-from kernweave.driver.link import Link
+from kernweave.driver.link import Event
+from kernweave.driver.local import LocalLink
 from kernweave.errors import UnsupportedError, UsageError
 from kernweave.lab.build import build_kmod
 from kernweave.lab.machine import Lab
@@ -26,12 +28,12 @@ def lab_name(target: str) -> str:
     kind, _, name = target.partition(":")
     if kind == "lab" and (name or target == "lab"):
         return name or KERNEL_SERIES[0]
-    if target == "local" or target.startswith("ssh://"):
+    if target.startswith("ssh://"):
         raise UnsupportedError(
             f"target {target} is not there yet",
             help="use a lab: kernweave --target lab ...",
         )
-    raise UsageError(f"not a target: {target!r}", help="use lab or lab:NAME")
+    raise UsageError(f"not a target: {target!r}", help="use lab, lab:NAME or local")
 
 
 def driver_kmod(series: str, progress: Progress, cflags: tuple[str, ...] = ()) -> Path:
@@ -49,6 +51,34 @@ def boot_lab(name: str, progress: Progress) -> Lab:
     return lab
 
 
-def open_link(target: str, progress: Progress) -> Link:
-    """Connect to a target's agent; a lab comes up by itself."""
+class AnyLink(Protocol):
+    """What a session needs of a target: one driver, one command at a time."""
+
+    def call(self, request: bytes) -> memoryview:
+        """Exchange one request with the driver."""
+
+    def exec_start(
+        self,
+        argv: Sequence[str],
+        *,
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        fresh: bool = False,
+    ) -> None:
+        """Start a command."""
+
+    def exec_events(self, timeout: float | None = None) -> Iterator[Event]:
+        """Yield the command's output and its end."""
+
+    def signal(self, signo: int) -> None:
+        """Send a signal to the command's process group."""
+
+    def close(self) -> None:
+        """End the session, which undoes it."""
+
+
+def open_link(target: str, progress: Progress) -> AnyLink:
+    """Connect to a target; a lab comes up by itself, this machine only when named."""
+    if target == "local":
+        return LocalLink()
     return boot_lab(lab_name(target), progress).connect()
