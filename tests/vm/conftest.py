@@ -12,6 +12,7 @@ import pytest
 from kernweave.driver.link import Link
 from kernweave.errors import UnsupportedError
 from kernweave.lab.machine import Lab
+from kernweave.session.target import driver_kmod
 
 
 @pytest.fixture(scope="session")
@@ -59,3 +60,15 @@ def link(lab: Lab) -> Iterator[Link]:
     """Open a session of the shared lab."""
     with lab.connect() as session:
         yield session
+
+
+@pytest.fixture(scope="session")
+def machine(lab: Lab) -> Iterator[Lab]:
+    """A lab with the driver, shared by tests that leave it as it was; its log stays clean."""
+    machine = Lab(f"{lab.name}-driver", kernel="6.1")
+    try:
+        machine.up(kmod=driver_kmod(machine.series, print), progress=print)
+        yield machine
+        assert not machine.trouble()
+    finally:
+        discard(machine)

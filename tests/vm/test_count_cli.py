@@ -3,50 +3,30 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+import duckdb
 import pytest
+from command import Kernweave, rows
 
 from kernweave.driver.client import Driver
 from kernweave.lab.machine import Lab
 from kernweave.session.session import Session
 from kernweave.session.target import driver_kmod
 
-NAME = f"cli-{os.getpid()}"
-KERNWEAVE = [sys.executable, "-m", "kernweave", "--target", f"lab:{NAME}"]
+
+@pytest.fixture
+def run(machine: Lab) -> Kernweave:
+    return Kernweave(machine.name)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def machine() -> Iterator[Lab]:
-    """A lab with the driver; its log is clean when the tests are done."""
-    lab = Lab(NAME)
-    lab.up(kmod=driver_kmod(lab.series, print), progress=print)
-    yield lab
-    trouble = lab.trouble()
-    lab.down()
-    assert not trouble
-
-
-def run(*args: str, status: int = 0, **kwargs: Any) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [*KERNWEAVE, *args], capture_output=True, text=True, check=False, **kwargs
-    )
-    assert done.returncode == status, done.stderr
-    return done
-
-
-def rows(done: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-
-
-def test_count_entry_prints_a_row_and_an_end_row() -> None:
+def test_count_entry_prints_a_row_and_an_end_row(run: Kernweave) -> None:
     row, end = rows(run("count", "vfs_read", "--json", "--", "true"))
     assert (row["schema"], row["point"], row["kind"]) == ("kernweave.count/1", "vfs_read", "entry")
     assert row["tactic"] == "nop5" and row["exact"] and row["hits"] > 0 and row["missed"] == 0
@@ -55,7 +35,7 @@ def test_count_entry_prints_a_row_and_an_end_row() -> None:
     assert end["command"] == {"argv": ["true"], "exit": 0, "signal": None}
 
 
-def test_count_known_workload_counts_it_exactly() -> None:
+def test_count_known_workload_counts_it_exactly(run: Kernweave) -> None:
     command = ("dd", "if=/dev/zero", "of=/dev/null", "bs=1", "count=23", "status=none")
     found = {
         row["point"]: row["hits"]
@@ -65,36 +45,57 @@ def test_count_known_workload_counts_it_exactly() -> None:
     assert found == {"read_zero": 23, "write_null": 23}
 
 
-def test_count_every_printed_point_is_accepted_as_input() -> None:
+def test_count_every_printed_point_is_accepted_as_input(run: Kernweave) -> None:
     first = rows(run("count", "vfs_read@blocks", "--json", "--", "true"))[:-1]
     points = [row["point"] for row in first]
     second = rows(run("count", *points, "--json", "--", "true"))[:-1]
     assert [row["addr"] for row in second] == [row["addr"] for row in first]
 
 
-def test_count_placed_and_refused_add_up_to_requested() -> None:
+def test_count_placed_and_refused_add_up_to_requested(run: Kernweave) -> None:
     *placed, end = rows(run("count", "vfs_read@insns", "--json", "--", "true"))
     assert end["requested"] == end["placed"] + len(end["refused"])
     assert end["placed"] == len(placed)
-    assert {one["reason"] for one in end["refused"]} <= {"too_short", "bug_entry", "jump_label"}
+    assert {one["reason"] for one in end["refused"]} <= {"bug_entry", "jump_label"}
+    assert set(end["tactics"]) == {"nop5", "jmp32", "int3"}
 
 
-def test_count_command_status_is_passed_on() -> None:
+def test_count_traps_are_named_in_a_warning_and_can_be_forbidden(run: Kernweave) -> None:
+    done = run("count", "vfs_read@blocks", "--json", "--", "true")
+    traps = rows(done)[-1]["tactics"]["int3"]
+    assert f"{traps} of " in done.stderr and "trap" in done.stderr
+    done = run("count", "vfs_read@blocks", "--json", "--no-trap", "--", "true")
+    end = rows(done)[-1]
+    assert "int3" not in end["tactics"] and "trap" not in done.stderr
+    assert sum(one["reason"] == "too_short" for one in end["refused"]) == traps
+
+
+def test_count_trap_counts_a_known_workload_exactly(run: Kernweave) -> None:
+    command = ("dd", "if=/dev/zero", "of=/dev/null", "bs=1", "count=23", "status=none")
+    points = [row["point"] for row in rows(run("sites", "read_zero@blocks", "--json"))[:-1]]
+    done = run("count", *points, "read_zero", "--tactic", "int3,nop5", "--json", "--", *command)
+    found = [row for row in rows(done) if row["schema"] == "kernweave.count/1"]
+    traps = {row["hits"] for row in found if row["tactic"] == "int3"}
+    assert traps <= {0, 23} and 23 in traps
+    assert all(row["missed"] == 0 for row in found)
+
+
+def test_count_command_status_is_passed_on(run: Kernweave) -> None:
     run("count", "vfs_read", "--", "sh", "-c", "exit 7", status=7)
     run("count", "vfs_read", "--", "sh", "-c", "kill -9 $$", status=137)
     run("count", "vfs_read", "--", "no-such-program", status=127)
 
 
-def test_count_for_ends_the_command_with_sigterm() -> None:
+def test_count_for_ends_the_command_with_sigterm(run: Kernweave) -> None:
     done = run("count", "vfs_read", "--for", "0.5", "--json", "--", "sleep", "600", status=143)
     assert rows(done)[-1]["command"] == {"argv": ["sleep", "600"], "exit": 143, "signal": 15}
 
 
-def test_count_without_command_ends_at_interrupt_as_success() -> None:
+def test_count_without_command_ends_at_interrupt_as_success(run: Kernweave, machine: Lab) -> None:
     with subprocess.Popen(
-        [*KERNWEAVE, "count", "vfs_read", "--json"], stdout=subprocess.PIPE, text=True
+        [*run.argv, "count", "vfs_read", "--json"], stdout=subprocess.PIPE, text=True
     ) as client:
-        with Session(f"lab:{NAME}", writer=False) as watcher:
+        with Session(f"lab:{machine.name}", writer=False) as watcher:
             entry = watcher.driver.lookup(["vfs_read"])[0]
             while entry not in watcher.driver.placed()["addr"]:
                 assert client.poll() is None
@@ -115,57 +116,72 @@ def test_count_without_command_ends_at_interrupt_as_success() -> None:
         (["count", "vfs_read@edges"], 2, ["@edges is not there yet"]),
         (["count", "vfs_read", "--scope", "flow"], 2, ["--scope is not there yet"]),
         (["count", "vfs_read", "--engine", "weave"], 2, ["weave is not there yet"]),
-        (["count", "vfs_read", "-o", "x.csv"], 2, ["-o is not there yet"]),
+        (["count", "vfs_read", "-o", "x.xml"], 2, ["cannot write x.xml", ".jsonl, .csv"]),
+        (["count", "vfs_read", "-o", "/no/folder/x.csv"], 2, ["no folder /no/folder"]),
+        (["count", "vfs_read", "--no-trap", "--tactic", "int3"], 2, ["contradict"]),
+        (["count", "vfs_read+0x5", "--no-trap"], 1, ["site needs 5 bytes", "too_short"]),
         (["count", "vfs_read", "--tactic", "magic"], 2, ["no tactic 'magic'"]),
         (["count", "vfs read"], 2, ["not a point"]),
         (["count"], 2, ["POINT"]),
     ],
 )
 def test_count_bad_input_is_one_error_and_changes_nothing(
-    args: list[str], status: int, words: list[str]
+    run: Kernweave, machine: Lab, args: list[str], status: int, words: list[str]
 ) -> None:
     done = run(*args, status=status)
     assert done.stderr.startswith("error: ") and done.stderr.count("error:") == 1
     assert all(word in done.stderr for word in words), done.stderr
     assert not done.stdout and "Traceback" not in done.stderr
-    with Session(f"lab:{NAME}", writer=False) as watcher:
+    with Session(f"lab:{machine.name}", writer=False) as watcher:
         assert not len(watcher.driver.placed())
 
 
-def test_count_own_failure_with_a_command_is_125() -> None:
+def test_count_own_failure_with_a_command_is_125(run: Kernweave) -> None:
     run("count", "vfs_raed", "--", "true", status=125)
 
 
-def test_count_local_target_is_not_supported_yet() -> None:
-    done = subprocess.run(
-        [*KERNWEAVE[:3], "--target", "local", "count", "vfs_read"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 3 and "not there yet" in done.stderr
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet"])
+def test_count_file_holds_every_row(run: Kernweave, tmp_path: Path, ending: str) -> None:
+    file = tmp_path / f"rows.{ending}"
+    done = run("count", "vfs_read@blocks", "--json", "-o", str(file), "--", "true")
+    wanted = [(row["point"], row["hits"]) for row in rows(done)[:-1]]
+    assert read_file(file) == wanted
 
 
-def test_count_second_writer_is_told_who_is_first() -> None:
-    with Session(f"lab:{NAME}"):
+def read_file(file: Path) -> list[tuple[str, int]]:
+    if file.suffix == ".csv":
+        with file.open(newline="") as lines:
+            return [(row["point"], int(row["hits"])) for row in csv.DictReader(lines)]
+    if file.suffix == ".jsonl":
+        found = [json.loads(line) for line in file.read_text().splitlines()]
+        return [(row["point"], row["hits"]) for row in found if row["schema"] != "kernweave.end/1"]
+    table = duckdb.sql(f"select point, hits from '{file}'")
+    assert table is not None
+    return [(str(a), int(b)) for a, b in table.fetchall()]
+
+
+def test_count_second_writer_is_told_who_is_first(run: Kernweave, machine: Lab) -> None:
+    with Session(f"lab:{machine.name}"):
         done = run("count", "vfs_read", "--", "true", status=125)
     assert f"pid {os.getpid()}" in done.stderr
 
 
-def test_count_all_entries_is_placed_in_part() -> None:
-    *placed, end = rows(run("count", "*", "--json", "--", "true"))
+def test_count_all_entries_is_placed_in_part(run: Kernweave) -> None:
+    *placed, end = rows(run("count", "*", "--json", "--no-trap", "--", "true"))
     assert len(placed) > 35000 and end["text_restored"]
     assert {one["reason"] for one in end["refused"]} >= {"too_short", "noinstr", "denylist"}
 
 
-def test_count_human_output_fits_80_columns_and_says_how_it_went() -> None:
+def test_count_human_output_fits_80_columns_and_says_how_it_went(run: Kernweave) -> None:
     done = run("count", "vfs_*", "--", "true")
     lines = done.stdout.splitlines()
     assert max(map(len, lines)) < 80
     assert "text restored" in lines[-1] and "more rows: add --all" in done.stdout
 
 
-def test_driver_of_another_version_is_refused_by_name() -> None:
+def test_driver_of_another_version_is_refused_by_name(machine: Lab) -> None:
     kmod = driver_kmod("6.1", print, cflags=("-DKW_UAPI_VERSION=99",))
-    other = Lab(f"{NAME}-other")
+    other = Lab(f"{machine.name}-other")
     other.up(kmod=kmod)
     try:
         with other.connect() as link, pytest.raises(Exception, match="interface 99"):
@@ -174,7 +190,9 @@ def test_driver_of_another_version_is_refused_by_name() -> None:
         other.down()
 
 
-def test_wheel_in_an_empty_folder_counts(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_wheel_in_an_empty_folder_counts(
+    run: Kernweave, machine: Lab, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     folder = tmp_path_factory.mktemp("wheel")
     root = Path(__file__).parent.parent.parent
     subprocess.run(
@@ -185,8 +203,8 @@ def test_wheel_in_an_empty_folder_counts(tmp_path_factory: pytest.TempPathFactor
     python = str(folder / "venv" / "bin" / "python")
     wheel = next(folder.glob("*.whl"))
     subprocess.run([python, "-m", "pip", "install", "-q", str(wheel)], check=True)
-    Lab(NAME).down()  # its driver must come out of the wheel
-    command = [str(folder / "venv" / "bin" / "kernweave"), "--target", f"lab:{NAME}"]
+    machine.down()  # its driver must come out of the wheel
+    command = [str(folder / "venv" / "bin" / "kernweave"), "--target", f"lab:{machine.name}"]
     subprocess.run([*command, "doctor"], check=True, cwd=folder, stdout=subprocess.DEVNULL)
     done = subprocess.run(
         [*command, "count", "vfs_read", "--json", "--", "true"],

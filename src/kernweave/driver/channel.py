@@ -55,6 +55,10 @@ class Channel:
         self._broken = self._broken or "the session is closed"
         self._sock.close()
 
+    def fileno(self) -> int:
+        """Return the socket's file descriptor."""
+        return self._sock.fileno()
+
     def broken(self, cause: str) -> KernweaveError:
         """Break the channel and return the error to raise."""
         self._broken = self._broken or cause

@@ -178,7 +178,8 @@ class FakeKernel:
         """What `register_kprobe` checks; whether the probe goes through ftrace."""
         inside = self.text_range[0] <= addr < self.text_range[1] or self._kmod_at(addr)
         denied = (self.denylist["start"] <= addr) & (addr < self.denylist["end"])
-        refuse_if(not inside or bool(denied.any()), errno.EINVAL)
+        refuse_if(not inside, errno.ENOENT)  # nothing in kallsyms
+        refuse_if(bool(denied.any()), errno.EINVAL)
         return bool((self.ftrace["ip"] == addr).any())
 
     def _has_kprobe(self, addr: int, size: int) -> bool:

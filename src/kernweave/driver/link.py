@@ -16,15 +16,17 @@ from kernweave.driver.channel import Channel, Explain
 from kernweave.driver.records import (
     CHUNK_MAX,
     FRESH,
+    PTY,
     STDIN_NULL,
     ExitStatus,
     Record,
     Type,
     pack_exec,
+    pack_resize,
     parse_exited,
     split_status,
 )
-from kernweave.errors import DriverError, LabError, UsageError
+from kernweave.errors import DriverError, KernweaveError, LabError, UsageError
 
 Sink = Callable[[bytes], object]
 Event = tuple[str, bytes | ExitStatus]
@@ -45,6 +47,7 @@ class Link:
         timeout: float = 10.0,
         explain: Explain = LabError,
         on_close: Callable[[], object] = lambda: None,
+        no_driver: KernweaveError | None = None,
     ) -> None:
         """Start a session on a connected stream socket, which the link then owns.
 
@@ -53,6 +56,7 @@ class Link:
             timeout: seconds for the handshake, and for small requests later.
             explain: makes the error of a lost connection from a short message.
             on_close: is called once, after the socket is closed.
+            no_driver: is raised by `call`, if the target is known to have no driver.
 
         Raises:
             KernweaveError: what `explain` returns, if no agent answers in time.
@@ -60,6 +64,7 @@ class Link:
         self._timeout = timeout
         self._explain = explain
         self._on_close = on_close
+        self._no_driver = no_driver
         self._events: deque[Record] = deque()
         self._tag = 0
         self._command_tag: int | None = None
@@ -98,6 +103,8 @@ class Link:
             DriverError: the driver cannot be opened or refuses; `errno` says why.
             KernweaveError: the connection is lost, or there is no answer in time.
         """
+        if self._no_driver is not None:
+            raise self._no_driver
         error, reply = split_status(self._ask(Type.CALL, request, Type.REPLY, timeout))
         if error:
             raise DriverError(f"the driver refused a request: {os.strerror(error)}", error)
@@ -130,6 +137,7 @@ class Link:
         cwd: str | None = None,
         stdin: bool = False,
         fresh: bool = False,
+        pty: tuple[int, int] | None = None,
     ) -> None:
         """Start a command; `exec_events` tells its output and end.
 
@@ -139,13 +147,17 @@ class Link:
             cwd: working directory, / if the target has none of that name; None: the current one.
             stdin: expect `feed`; otherwise its standard input is empty.
             fresh: look at the host's files anew, in case they changed since they were last read.
+            pty: run it in a terminal of its own of so many (rows, columns); expects `feed`.
         """
+        flags = (FRESH if fresh else 0) | (0 if pty is None else PTY)
+        flags |= 0 if stdin or pty is not None else STDIN_NULL
         variables = os.environ if env is None else env
         payload = pack_exec(
             [os.fsencode(arg) for arg in argv],
             {os.fsencode(name): os.fsencode(value) for name, value in variables.items()},
             os.fsencode(cwd if cwd is not None else os.getcwd()),  # noqa: PTH109, a plain string
-            flags=(0 if stdin else STDIN_NULL) | (FRESH if fresh else 0),
+            flags=flags,
+            size=pty or (0, 0),
         )
         if self._command_tag is not None:
             raise UsageError("a command is already running in this session")
@@ -184,6 +196,17 @@ class Link:
         """Send a signal to the process group of the running command, if there is one."""
         payload = struct.pack("<i", signo)
         self._send(Type.SIGNAL, payload, time.monotonic() + self._timeout)
+
+    def resize(self, rows: int, columns: int) -> None:
+        """Tell the command's terminal its new size; the command gets SIGWINCH."""
+        self._send(Type.RESIZE, pack_resize(rows, columns), time.monotonic() + self._timeout)
+
+    def fileno(self) -> int:
+        """Return the socket's file descriptor, to wait for it together with others.
+
+        What has been received already does not show there: take it with `exec_events(0)` first.
+        """
+        return self._channel.fileno()
 
     def run(
         self,

@@ -16,10 +16,12 @@ MAGIC_LEN = 16
 END = 0x0A
 STDIN_NULL = 0x1
 FRESH = 0x2
+PTY = 0x4
 
 HEADER = struct.Struct("<IHH")
 STATUS = struct.Struct("<iI")
-_EXEC = struct.Struct("<IIII")
+_EXEC = struct.Struct("<IIIHH")
+_RESIZE = struct.Struct("<HH")
 _EXITED = struct.Struct("<iiQ")
 
 
@@ -39,6 +41,7 @@ class Type(IntEnum):
     GETPID = 11
     PID = 12
     ERROR = 13
+    RESIZE = 14
 
 
 def magic(kind: int) -> bytes:
@@ -76,9 +79,14 @@ class ExitStatus:
 
 
 def pack_exec(
-    argv: Sequence[bytes], env: Mapping[bytes, bytes], cwd: bytes, *, flags: int = 0
+    argv: Sequence[bytes],
+    env: Mapping[bytes, bytes],
+    cwd: bytes,
+    *,
+    flags: int = 0,
+    size: tuple[int, int] = (0, 0),
 ) -> bytes:
-    """Return the payload of an EXEC.
+    """Return the payload of an EXEC; `size` is (rows, columns) with the flag PTY.
 
     Raises:
         UsageError: there is no argument, or a string holds a NUL.
@@ -88,7 +96,12 @@ def pack_exec(
     strings = [cwd, *argv, *(name + b"=" + value for name, value in env.items())]
     if any(b"\0" in string for string in strings):
         raise UsageError("a NUL byte in an argument, a variable or the working directory")
-    return _EXEC.pack(flags, len(argv), len(env), 0) + b"\0".join(strings) + b"\0"
+    return _EXEC.pack(flags, len(argv), len(env), *size) + b"\0".join(strings) + b"\0"
+
+
+def pack_resize(rows: int, columns: int) -> bytes:
+    """Return the payload of a RESIZE."""
+    return _RESIZE.pack(rows, columns)
 
 
 def parse_exited(payload: memoryview) -> ExitStatus:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from kernweave.errors import UnsupportedError, UsageError
-from kernweave.lab.cache import Progress, cache_dir, locked, silent
+from kernweave.lab.cache import Progress, cache_dir, disk_errors, locked, silent
 from kernweave.lab.packages import KernelTree, fetch_headers_tree
 
 _SOURCES = ("*.c", "*.h", "*.S", "Kbuild")
@@ -49,7 +49,7 @@ def build_kmod(
     final = _builds_dir() / f"kmod-{key}"
     if not final.is_dir():
         headers = fetch_headers_tree(kernel, progress)
-        with locked(_builds_dir(), progress):
+        with disk_errors(), locked(_builds_dir(), progress):
             if not final.is_dir():
                 progress(f"compiling the kmod in {source_dir} for {kernel.release}")
                 _make_kmod(files, headers.build, headers.libs, compiler, cflags, final)
@@ -103,8 +103,9 @@ def build_static(source: Path, *, include: Path | None = None, cflags: Sequence[
     final = _builds_dir() / f"static-{key}" / source.stem
     if final.is_file():
         return final
-    _builds_dir().mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".gcc-", dir=_builds_dir()) as aside:
+    with disk_errors():
+        _builds_dir().mkdir(parents=True, exist_ok=True)
+    with disk_errors(), tempfile.TemporaryDirectory(prefix=".gcc-", dir=_builds_dir()) as aside:
         made = Path(aside) / source.stem
         includes = [f"-I{include}"] if include is not None else []
         flags = ["-static", "-O2", "-Wall", "-Wextra", *cflags, *includes]

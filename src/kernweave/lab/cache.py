@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -21,7 +22,7 @@ from pathlib import Path
 
 import platformdirs
 
-from kernweave.errors import UsageError
+from kernweave.errors import LabError, UsageError
 
 Progress = Callable[[str], None]
 Values = Mapping[str, str | Sequence[str] | None]
@@ -79,6 +80,28 @@ def read_stamp(file: Path, paths: Iterable[str]) -> dict[str, object] | None:
 
 
 @contextmanager
+def disk_errors() -> Iterator[None]:
+    """Turn a full or unwritable disk below into one error that names it.
+
+    Raises:
+        LabError: ENOSPC, EDQUOT, EROFS, EFBIG or EACCES of any file system call in the block.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (
+            errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES
+        ):  # fmt: skip
+            raise
+        where = error.filename or error.filename2 or cache_dir()
+        raise LabError(
+            f"cannot write {where}: {error.strerror}",
+            notes=[f"the cache is {cache_dir()}, labs live in {tempfile.gettempdir()}"],
+            help="make room there, or set KERNWEAVE_CACHE (TMPDIR for labs) to another disk",
+        ) from error
+
+
+@contextmanager
 def locked(folder: Path, progress: Progress = silent) -> Iterator[None]:
     """Hold the folder's lock file; a second process waits until the first is done."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -119,7 +142,7 @@ def fetch_once(
     values = read_stamp(stamp, paths)  # 1
     if values is not None:
         return values
-    with locked(packages_dir(), progress):
+    with disk_errors(), locked(packages_dir(), progress):
         values = read_stamp(stamp, paths)  # 2
         if values is None:
             write_stamp(stamp, fetch())  # 3, 4

@@ -6,19 +6,18 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from kernweave.errors import KernweaveError
+from kernweave.lab.accel import cached_verdict, kvm_accessible, wanted_accel
 from kernweave.lab.apt import CODENAME, debian_sources, machine_sources
 from kernweave.lab.cache import cache_dir
 from kernweave.lab.host import check_host_tools, install_line
 from kernweave.lab.packages import KERNEL_SERIES, QemuTree, fetched_kernel, fetched_qemu
 from kernweave.lab.qemu import check_version
-from kernweave.lab.state import read_state
+from kernweave.lab.state import lab_names, labs_folder, read_state
 
 OLDEST_PYTHON = (3, 11)
 LEAST_FREE_BYTES = 1 << 30  # package lists, one kernel with headers, QEMU, builds
@@ -155,16 +154,20 @@ def _driver() -> Iterator[Check]:
 
 
 def _kvm() -> Iterator[Check]:
-    # never opened: on some hosts it is there, and running a guest with it hangs
-    present = os.path.lexists("/dev/kvm")
-    yield Check("kvm", "ok", f"/dev/kvm is {'present' if present else 'absent'}, none is needed")
+    # never opened here: on some hosts it is there, and running a guest with it hangs
+    qemu = fetched_qemu()
+    wanted, verdict = wanted_accel(), cached_verdict(qemu.version) if qemu else None
+    if not kvm_accessible():
+        detail = "/dev/kvm is absent or not accessible; not needed"
+    elif verdict is None:
+        detail = "/dev/kvm is there, probed at the next boot of a lab"
+    else:
+        detail = f"/dev/kvm {verdict.why}"
+    yield Check("kvm", "ok", f"{detail} (KERNWEAVE_ACCEL={wanted})")
 
 
 def _lab() -> Iterator[Check]:
-    # as lab_folder names it, which would make it
-    top = Path(tempfile.gettempdir()) / f"kernweave-{os.getuid()}"
-    labs = sorted(path.parent for path in top.glob("*/state.json"))
-    states = {folder.name: read_state(folder) for folder in labs}
+    states = {name: read_state(labs_folder() / name) for name in lab_names()}
     running = [
         f"{name} (kernel {state.kernel}, pid {state.pid})"
         for name, state in states.items()

@@ -16,7 +16,8 @@ from kernweave.lab.kmods import load_order, read_module
 from kernweave.lab.packages import KernelTree
 
 # What the guest needs to reach the ports and the host's files; dependencies come with them.
-GUEST_MODULES = ("virtio_pci", "virtio_console", "9pnet_virtio", "9p", "overlay")
+# The watchdog is last: nothing waits for it.
+GUEST_MODULES = ("virtio_pci", "virtio_console", "9pnet_virtio", "9p", "overlay", "i6300esb")
 
 _PACKAGE = Path(__file__).parent.parent
 _INIT = _PACKAGE / "lab/csrc/init.c"
@@ -64,8 +65,11 @@ def build_initramfs(kernel: KernelTree, kmod: Path | None) -> Path:
     if not final.is_file():
         final.parent.mkdir(parents=True, exist_ok=True)
         aside = final.with_name(f".{name}.{os.getpid()}")
-        aside.write_bytes(archive)
-        aside.rename(final)
+        try:
+            aside.write_bytes(archive)
+            aside.rename(final)
+        finally:
+            aside.unlink(missing_ok=True)
     return final
 
 

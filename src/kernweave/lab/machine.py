@@ -13,13 +13,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kernweave.driver.link import Link
-from kernweave.errors import KernweaveError, LabError
-from kernweave.lab.cache import Progress, silent
+from kernweave.errors import KernweaveError, LabError, UnsupportedError, UsageError
+from kernweave.lab.accel import choose_accel
+from kernweave.lab.cache import Progress, disk_errors, silent
+from kernweave.lab.console import (
+    TAIL_LINES,
+    driver_refusal,
+    panic_lines,
+    power_off_reason,
+    read_console,
+    trouble_lines,
+)
 from kernweave.lab.initramfs import build_initramfs
 from kernweave.lab.packages import KernelTree, fetch_kernel, fetch_qemu
 from kernweave.lab.qemu import PORTS, Hardware, check_version, command_line, launch
 from kernweave.lab.state import (
     State,
+    is_stopped,
     lab_folder,
     locked,
     read_state,
@@ -30,14 +40,8 @@ from kernweave.lab.state import (
 
 READY = "kernweave: GUEST-UP"
 
-_TROUBLE = re.compile(
-    r"WARNING:|BUG:|Oops|ftrace bug|general protection|rcu:.*stall|soft lockup|Call Trace"
-    r"|Kernel panic"
-)
 _BOOT_LIMIT_S = 60.0
 _DYING_S = 3.0  # between the end of a connection and that of a dying QEMU
-_TAIL_LINES = 15
-_TROUBLE = re.compile(r"BUG: |Oops: |general protection|sysrq: Trigger|invalid opcode|double fault")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +72,14 @@ class Lab:
 
         Args:
             name: of the lab.
-            kernel: series to boot; None: the name itself, or 6.1 if that is no series.
+            kernel: series to boot; None: that of the lab of this name if there is one, else
+                the name itself, or 6.1 if that is no series.
         """
         self.name = name
-        self.series = kernel or (name if re.fullmatch(r"\d+\.\d+", name) else "6.1")
         self.folder = lab_folder(name)
+        known = read_state(self.folder)
+        usual = name if re.fullmatch(r"\d+\.\d+", name) else "6.1"
+        self.series = kernel or (known.series if known else usual)
 
     # ---- up and down ---------------------------------------------------------------------------
 
@@ -81,6 +88,7 @@ class Lab:
         *,
         progress: Progress = silent,
         kmod: Path | None = None,
+        no_driver: str | None = None,
         qemu_args: Sequence[str] = (),
         kernel_args: Sequence[str] = (),
         smp: int = 2,
@@ -93,19 +101,27 @@ class Lab:
 
         Args:
             progress: is called with one line per step.
-            kmod: the driver to load; None: none, or whatever the running lab has.
+            kmod: the driver to load; None: none, or whatever the running lab has. A driver that
+                does not load leaves the lab without one; the state's `no_driver` says why.
+            no_driver: why there is no `kmod`, for those who then miss it.
             qemu_args: added to QEMU's command line, before those of KERNWEAVE_QEMU_ARGS.
             kernel_args: added to the kernel's, before those of KERNWEAVE_KERNEL_ARGS.
             smp: CPUs.
             memory_mib: of the machine.
 
         Raises:
-            LabError: it does not boot; the notes are the last console lines.
+            LabError: it does not boot; the notes are the last console lines. Or the disk is full.
             UnsupportedError: a tool is missing or too old.
+            UsageError: the lab runs another kernel.
         """
         hardware = Hardware(smp, memory_mib, tuple(qemu_args), tuple(kernel_args))
-        with locked(self.folder / "lock"):
+        with disk_errors(), locked(self.folder / "lock"):
             state = self._booted()
+            if state is not None and state.series != self.series:
+                raise UsageError(
+                    f"lab {self.name} runs kernel {state.series}, not {self.series}",
+                    help=f"use a lab of another name, or: kernweave lab down {self.name}",
+                )
             if state is not None and kmod is None:
                 return state
             kernel = fetch_kernel(self.series, progress)
@@ -118,7 +134,9 @@ class Lab:
                     help=f"end its sessions, or: kernweave lab down {self.name}",
                 )
             self._clear()
-            return self._boot(kernel, initramfs, hardware, progress, kmod is not None)
+            if kmod is None:
+                no_driver = no_driver or "the lab was booted without the driver"
+            return self._boot(kernel, initramfs, hardware, progress, no_driver)
 
     def down(self) -> bool:
         """Power the lab off at once; return whether it ran."""
@@ -136,14 +154,11 @@ class Lab:
 
     def log(self) -> str:
         """Return the console so far, which holds the whole kernel log; of the last boot if down."""
-        try:
-            return (self.folder / "console.log").read_text(errors="replace").replace("\r", "")
-        except FileNotFoundError:
-            return ""
+        return read_console(self.folder / "console.log")
 
     def trouble(self) -> list[str]:
         """Return the lines of the kernel log that tell of a warning, bug, oops or stall."""
-        return [line for line in self.log().splitlines() if _TROUBLE.search(line)]
+        return trouble_lines(self.log())
 
     def wait_console(self, text: str, timeout: float = 10.0) -> None:
         """Wait until the console shows a text.
@@ -169,6 +184,7 @@ class Lab:
 
         Raises:
             LabError: the lab is down, all ports are taken, or its agent does not answer.
+                A driver request to a lab without the driver raises UnsupportedError.
         """
         state = self._booted()
         if state is None:
@@ -185,10 +201,25 @@ class Lab:
                 sock.close()
                 lease.close()
                 raise self._explain(f"cannot connect to port {port}: {error}") from error
-            return Link(sock, timeout=timeout, explain=self._explain, on_close=lease.close)
+            return Link(
+                sock,
+                timeout=timeout,
+                explain=self._explain,
+                on_close=lease.close,
+                no_driver=self._no_driver(state),
+            )
         raise LabError(
             f"all {state.ports} ports of lab {self.name} are in use",
             help="end a session, or use a lab of another name",
+        )
+
+    def _no_driver(self, state: State) -> UnsupportedError | None:
+        if state.no_driver is None:
+            return None
+        return UnsupportedError(
+            state.no_driver,
+            notes=[f"lab {self.name} runs kernel {state.kernel} without the driver"],
+            help=f"use another kernel, or boot it anew: kernweave lab down {self.name}",
         )
 
     def _port_lock(self, port: int) -> Path:
@@ -233,10 +264,12 @@ class Lab:
         initramfs: Path,
         hardware: Hardware,
         progress: Progress,
-        with_driver: bool,
+        no_driver: str | None,
     ) -> State:
         qemu = fetch_qemu(progress)
         check_version(qemu)
+        accel = choose_accel(qemu, kernel, hardware.qemu_args, progress)
+        hardware = replace(hardware, accel=accel)
         (self.folder / "console.log").unlink(missing_ok=True)
         progress(f"booting {kernel.release} in QEMU {qemu.version}")
         began = time.monotonic()
@@ -246,15 +279,21 @@ class Lab:
             ticks = start_ticks(pid)
             if ticks is None:
                 raise self._lab_error("QEMU ended at once")
-            state = State(pid, ticks, kernel.release, qemu.version, PORTS, initramfs.name)
+            state = State(
+                pid, ticks, kernel.release, qemu.version, PORTS, initramfs.name,
+                series=kernel.series, accel=accel, no_driver=no_driver,
+            )  # fmt: skip
             write_state(self.folder, state)
             self.wait_console(READY, _BOOT_LIMIT_S)
-            if with_driver and "kernweave: cannot load kernweave.ko" in self.log():
-                raise self._lab_error("the driver does not load")
         except BaseException:
             self._clear()
             raise
         state = replace(state, booted_at=time.time(), boot_seconds=time.monotonic() - began)
+        refusal = None if no_driver else driver_refusal(self.log())
+        if refusal is not None:
+            state = replace(
+                state, no_driver=f"the driver does not load in {kernel.release}: {refusal}"
+            )
         write_state(self.folder, state)
         return state
 
@@ -268,27 +307,27 @@ class Lab:
         while lost and state is not None and state.alive() and time.monotonic() < deadline:
             time.sleep(0.02)
         log = self.log()
-        if "Kernel panic - not syncing" in log:
-            return self._lab_error("the lab's kernel panicked", _panic_lines(log))
-        off = re.search(r"kernweave: power off: (.*)", log)
+        panic = panic_lines(log)
+        if panic:
+            return self._lab_error("the lab's kernel panicked", panic)
+        off = power_off_reason(log)
         if off is not None:
-            return self._lab_error(f"the lab has powered itself off: {off[1]}")
+            return self._lab_error(f"the lab has powered itself off: {off}")
         if state is None or not state.alive():
             return self._lab_error(f"the lab's QEMU is gone ({cause})")
+        if "answer" in cause or "takes nothing" in cause:
+            return self._hung(cause, state)
         return self._lab_error(cause)
+
+    def _hung(self, cause: str, state: State) -> LabError:
+        how = "is stopped" if is_stopped(state.pid) else "runs"
+        error = self._lab_error(f"the guest hangs: {cause}; QEMU (pid {state.pid}) {how}")
+        error.help = f"kernweave lab down {self.name}"
+        return error
 
     def _lab_error(self, message: str, lines: Sequence[str] | None = None) -> LabError:
         return LabError(
             f"lab {self.name}: {message}",
-            notes=self.log().splitlines()[-_TAIL_LINES:] if lines is None else lines,
+            notes=self.log().splitlines()[-TAIL_LINES:] if lines is None else lines,
             help=f"the whole console: kernweave lab log {self.name}",
         )
-
-
-def _panic_lines(log: str) -> list[str]:
-    """Return the console from the first sign of trouble before a panic."""
-    lines = log.splitlines()
-    panic = next(i for i, line in enumerate(lines) if "Kernel panic - not syncing" in line)
-    early = range(max(0, panic - 100), panic)
-    first = next((i for i in early if _TROUBLE.search(lines[i])), panic)
-    return lines[first : first + 2 * _TAIL_LINES]

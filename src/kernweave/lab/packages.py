@@ -219,10 +219,8 @@ def fetch_headers_tree(kernel: KernelTree, progress: Progress = silent) -> Heade
     """Return the build folder together with the libraries its programs need."""
     if kernel.series == "7.2":
         raise UnsupportedError(
-            "no kmod can be built for kernel 7.2 here",
-            notes=[
-                "it is built with gcc 16, and its objtool and modpost want glibc 2.38",
-            ],
+            "no kmod can be built for kernel 7.2 here: its objtool and modpost want glibc 2.38",
+            notes=["the kernel is built with gcc 16"],
             help="use series 6.1 or 6.12",
         )
     stamp = _headers_stamp(kernel.release)

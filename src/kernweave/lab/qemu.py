@@ -31,6 +31,7 @@ _KERNEL_ARGS = (
     "panic=-1",
     "tsc=reliable",
     "random.trust_cpu=on",
+    "cryptomgr.notests",  # self-tests of ciphers: a second of every boot
 )
 
 
@@ -42,6 +43,7 @@ class Hardware:
     memory_mib: int = 1024
     qemu_args: tuple[str, ...] = ()
     kernel_args: tuple[str, ...] = ()
+    accel: str = "tcg"
 
 
 def check_version(qemu: QemuTree) -> None:
@@ -77,19 +79,28 @@ def command_line(
         *(str(qemu.binary), "-L", str(qemu.data), "-name", f"kernweave-{folder.name}"),
         *("-daemonize", "-pidfile", str(folder / "qemu.pid")),
         *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
-        *("-accel", f"tcg,thread={'multi' if hardware.smp > 1 else 'single'}", "-cpu", "max"),
+        *_accel(hardware),
         *("-smp", str(hardware.smp), "-m", f"{hardware.memory_mib}M"),
         *("-kernel", str(kernel.vmlinuz), "-initrd", str(initramfs)),
         *("-append", kernel_command_line(hardware)),
         *("-chardev", f"file,id=console,path={_quoted(folder)}/console.log"),
         *("-serial", "chardev:console"),
         *("-qmp", f"unix:{_quoted(folder)}/qmp,server=on,wait=off"),
+        # the guest's init strokes it: a guest that hangs as a whole is ended too
+        *("-device", "i6300esb", "-action", "watchdog=poweroff"),
         *("-virtfs", "local,path=/,mount_tag=host,security_model=none,readonly=on,multidevs=remap"),
         *("-device", f"virtio-serial-pci,max_ports={PORTS + 1}"),
         *ports,
         *hardware.qemu_args,
         *shlex.split(os.environ.get("KERNWEAVE_QEMU_ARGS", "")),
     ]
+
+
+def _accel(hardware: Hardware) -> tuple[str, ...]:
+    if hardware.accel == "kvm":
+        return ("-accel", "kvm", "-cpu", "host")
+    threads = "multi" if hardware.smp > 1 else "single"
+    return ("-accel", f"tcg,thread={threads}", "-cpu", "max")
 
 
 def kernel_command_line(hardware: Hardware) -> str:
@@ -102,8 +113,8 @@ def kernel_command_line(hardware: Hardware) -> str:
 def launch(qemu: QemuTree, argv: Sequence[str], folder: Path, smp: int) -> int:
     """Start QEMU as a daemon and return its pid.
 
-    The guest powers itself off when idle and after CAP_S; should it hang instead, the limit on
-    CPU time set here ends it.
+    The guest powers itself off when idle and after CAP_S; should it hang instead, its watchdog
+    ends it; should QEMU run wild, the limit on CPU time set here.
 
     Raises:
         LabError: QEMU refuses its command line or cannot start; the notes are its own words.

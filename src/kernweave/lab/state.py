@@ -20,7 +20,8 @@ from typing import IO
 from kernweave.errors import LabError, UsageError
 
 _SOCKET_PATH_MAX = 100  # sun_path holds 108 bytes
-_TERM_GRACE_S = 5.0
+_TERM_GRACE_S = 2.0  # a stopped QEMU never takes the first one
+_KILL_GRACE_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,9 @@ class State:
         initramfs: file name, which holds a hash of the contents.
         booted_at: seconds since the epoch, or None while it boots.
         boot_seconds: from the start of QEMU to a guest ready for sessions, or None.
+        series: of the kernel, such as `6.1`.
+        accel: tcg or kvm.
+        no_driver: why the guest has no driver; None if it has.
     """
 
     pid: int
@@ -46,14 +50,17 @@ class State:
     initramfs: str
     booted_at: float | None = None
     boot_seconds: float | None = None
+    series: str = "6.1"
+    accel: str = "tcg"
+    no_driver: str | None = None
 
     def alive(self) -> bool:
         """Return whether this very process still runs."""
         return start_ticks(self.pid) == self.start_ticks
 
     def kill(self) -> None:
-        """End the process, and only this one: SIGTERM, then SIGKILL after 5 s."""
-        for signo, grace_s in ((signal.SIGTERM, _TERM_GRACE_S), (signal.SIGKILL, _TERM_GRACE_S)):
+        """End the process, and only this one: SIGTERM, then SIGKILL after 2 s."""
+        for signo, grace_s in ((signal.SIGTERM, _TERM_GRACE_S), (signal.SIGKILL, _KILL_GRACE_S)):
             if not self.alive():
                 return
             with contextlib.suppress(ProcessLookupError):
@@ -67,12 +74,32 @@ class State:
 
 def start_ticks(pid: int) -> int | None:
     """Return the start time of a process in clock ticks since boot; None if it is gone."""
+    fields = _stat_fields(pid)
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+def is_stopped(pid: int) -> bool:
+    """Return whether a process is held by SIGSTOP or a debugger."""
+    return _stat_fields(pid)[0] in "Tt"
+
+
+def _stat_fields(pid: int) -> list[str]:
+    """Return the fields of /proc/PID/stat from the state on; a lone X if there is none."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
-        return None
-    fields = text.rpartition(")")[2].split()  # the name before it may hold anything
-    return None if fields[0] in "ZX" else int(fields[19])
+        return ["X"]
+    return text.rpartition(")")[2].split()  # the name before it may hold anything
+
+
+def labs_folder() -> Path:
+    """Return the folder of this user's lab folders; it need not exist."""
+    return Path(tempfile.gettempdir()) / f"kernweave-{os.getuid()}"
+
+
+def lab_names() -> list[str]:
+    """Return the labs that run or ended without being taken down, by name."""
+    return sorted(path.parent.name for path in labs_folder().glob("*/state.json"))
 
 
 def lab_folder(name: str) -> Path:
@@ -84,7 +111,7 @@ def lab_folder(name: str) -> Path:
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise UsageError(f"{name!r} is no name for a lab", help="use letters, digits, . _ -")
-    top = Path(tempfile.gettempdir()) / f"kernweave-{os.getuid()}"
+    top = labs_folder()
     folder = top / name
     if len(os.fsencode(folder / "port00")) > _SOCKET_PATH_MAX:
         raise LabError(

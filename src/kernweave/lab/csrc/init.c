@@ -17,6 +17,7 @@
 #include <string.h>
 #include <time.h>
 #include <unistd.h>
+#include <linux/watchdog.h>
 #include <net/if.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
@@ -30,8 +31,9 @@
 #include "agent.h"
 
 #define MAX_PORTS	16
+#define WATCHDOG_S	120	/* a host under load may keep a sound guest waiting for long */
 
-static int kmsg = -1, agent_fd = -1, shared_fd = -1, driver_fd = -1;
+static int kmsg = -1, agent_fd = -1, shared_fd = -1, driver_fd = -1, watchdog_fd = -1;
 static struct kw_port *shared;
 static char nodes[MAX_PORTS][40];
 static pid_t agents[MAX_PORTS];
@@ -254,6 +256,22 @@ static int in_use(void)
 	return 0;
 }
 
+/* Ends the machine from outside if nobody strokes it for WATCHDOG_S. */
+static void start_watchdog(void)
+{
+	int seconds = WATCHDOG_S;
+
+	watchdog_fd = open("/dev/watchdog", O_WRONLY | O_CLOEXEC);
+	if (watchdog_fd < 0 || ioctl(watchdog_fd, WDIOC_SETTIMEOUT, &seconds))
+		say("no watchdog: %s", strerror(errno));
+}
+
+static void stroke_watchdog(void)
+{
+	if (watchdog_fd >= 0 && write(watchdog_fd, "", 1) < 0)
+		return;
+}
+
 static void watch(const sigset_t *sigchld)
 {
 	struct timespec tick = { .tv_sec = 1 }, now;
@@ -262,6 +280,7 @@ static void watch(const sigset_t *sigchld)
 	clock_gettime(CLOCK_BOOTTIME, &now);
 	for (used = now.tv_sec;;) {
 		sigtimedwait(sigchld, NULL, &tick);
+		stroke_watchdog();
 		reap();
 		clock_gettime(CLOCK_BOOTTIME, &now);
 		if (in_use())
@@ -299,5 +318,6 @@ int main(void)
 	wait_ports();
 	start_agents();
 	say("GUEST-UP");
+	start_watchdog();
 	watch(&sigchld);
 }

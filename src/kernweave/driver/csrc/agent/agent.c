@@ -14,6 +14,7 @@
 #include <fcntl.h>
 #include <poll.h>
 #include <signal.h>
+#include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -179,6 +180,11 @@ static void dispatch(const struct kw_record *head, unsigned char *payload)
 	case KW_SIGNAL:
 		kw_command_signal(&command, head->len == 4 ? *(int32_t *)payload : 0);
 		break;
+	case KW_RESIZE:
+		if (head->len == 4)
+			kw_command_resize(&command, ((uint16_t *)payload)[0],
+					  ((uint16_t *)payload)[1]);
+		break;
 	case KW_READFILE:
 		do_readfile(head->tag, (char *)payload);
 		break;
@@ -299,16 +305,38 @@ static void take_output(void)
 }
 
 /* Sleeps until the host connects: SIGIO tells, the time-out is for safety. */
-static void wait_host(void)
+static bool host_is_gone(void)
 {
-	struct timespec limit = { .tv_nsec = 200 * 1000 * 1000 };
+	struct pollfd host = { .fd = port };
+
+	return poll(&host, 1, 0) == 1 && host.revents & POLLHUP;
+}
+
+/* Wait for a sign of the host; true if there is none for some time. */
+static bool host_stays_away(long limit_ms)
+{
+	struct timespec limit = { .tv_nsec = limit_ms * 1000 * 1000 };
 	sigset_t sigio;
 
-	shared->connected = 0;
-	end_session();
 	sigemptyset(&sigio);
 	sigaddset(&sigio, SIGIO);
-	sigtimedwait(&sigio, NULL, &limit);
+	while (host_is_gone())
+		if (sigtimedwait(&sigio, NULL, &limit) < 0)
+			return host_is_gone();
+	return false;
+}
+
+/*
+ * The guest may learn of a disconnect only after it has the first bytes of the
+ * next connection: such a disconnect passes at once, and ended nothing.
+ */
+static void wait_host(void)
+{
+	if (!host_stays_away(100))
+		return;
+	shared->connected = 0;
+	end_session();
+	host_stays_away(200);
 }
 
 static void serve(void)

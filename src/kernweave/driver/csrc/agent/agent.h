@@ -24,6 +24,7 @@
 #define KW_END		0x0a
 #define KW_STDIN_NULL	0x1		/* EXEC flag: stdin is /dev/null */
 #define KW_FRESH	0x2		/* EXEC flag: forget cached host files first */
+#define KW_PTY		0x4		/* EXEC flag: a terminal of its own; all output is STDOUT */
 
 enum kw_type {
 	KW_CALL		= 1,	/* driver request */
@@ -39,6 +40,7 @@ enum kw_type {
 	KW_GETPID	= 11,	/* nothing */
 	KW_PID		= 12,	/* u32 pid of the agent, u32 0, kernel release */
 	KW_ERROR	= 13,	/* text */
+	KW_RESIZE	= 14,	/* u16 rows, u16 columns of the command's terminal */
 };
 
 struct kw_record {
@@ -51,7 +53,8 @@ struct kw_exec {
 	uint32_t flags;
 	uint32_t argc;
 	uint32_t envc;
-	uint32_t zero;
+	uint16_t rows;		/* of a KW_PTY; 0: not known */
+	uint16_t columns;
 };
 
 struct kw_exited {

@@ -98,7 +98,7 @@ static void forget_host_files(void)
 	close_fd(&fd);
 }
 
-static void child(const int *fds, const char *cwd, char **argv, char **env)
+static void child(const int *fds, uint32_t flags, const char *cwd, char **argv, char **env)
 {
 	sigset_t none;
 	int missing, i, err;
@@ -106,6 +106,8 @@ static void child(const int *fds, const char *cwd, char **argv, char **env)
 	setsid();
 	for (i = 0; i < 3; i++)
 		dup2(fds[i], i);
+	if (flags & KW_PTY)
+		ioctl(0, TIOCSCTTY, 0);
 	signal(SIGPIPE, SIG_DFL);
 	sigemptyset(&none);
 	sigprocmask(SIG_SETMASK, &none, NULL);
@@ -140,16 +142,46 @@ static int open_pipes(int *ours, int *theirs, uint32_t flags)
 	return 0;
 }
 
-static int spawn(struct kw_command *cmd, uint32_t flags, const char *cwd, char **argv, char **env)
+/* The other end belongs to nobody's session until the child makes it its own. */
+static int open_pty(int *ours, int *theirs)
 {
-	int theirs[3] = { -1, -1, -1 }, i, err;
+	int unlocked = 0, flags = O_RDWR | O_NOCTTY | O_CLOEXEC;
+
+	ours[1] = open("/dev/ptmx", flags | O_NONBLOCK);
+	if (ours[1] < 0 || ioctl(ours[1], TIOCSPTLCK, &unlocked))
+		return -1;
+	theirs[0] = ioctl(ours[1], TIOCGPTPEER, flags);
+	theirs[1] = dup(theirs[0]);
+	theirs[2] = dup(theirs[0]);
+	ours[0] = fcntl(ours[1], F_DUPFD_CLOEXEC, 0);
+	return theirs[0] < 0 || theirs[1] < 0 || theirs[2] < 0 || ours[0] < 0 ? -1 : 0;
+}
+
+static void kw_command_resize(struct kw_command *cmd, uint16_t rows, uint16_t columns)
+{
+	struct winsize size = { .ws_row = rows, .ws_col = columns };
+
+	if (cmd->fds[1] >= 0)
+		ioctl(cmd->fds[1], TIOCSWINSZ, &size);	/* fails on a pipe, as it should */
+}
+
+static int spawn(struct kw_command *cmd, const struct kw_exec *exec, const char *cwd, char **argv,
+		 char **env)
+{
+	int theirs[3] = { -1, -1, -1 }, i, err, failed;
 
 	cmd->pid = -1;
-	if (!open_pipes(cmd->fds, theirs, flags)) {
+	if (exec->flags & KW_PTY)
+		failed = open_pty(cmd->fds, theirs);
+	else
+		failed = open_pipes(cmd->fds, theirs, exec->flags);
+	if (!failed) {
+		if (exec->flags & KW_PTY)
+			kw_command_resize(cmd, exec->rows, exec->columns);
 		cmd->start_ns = now_ns();
 		cmd->pid = fork();
 		if (!cmd->pid)
-			child(theirs, cwd, argv, env);
+			child(theirs, exec->flags, cwd, argv, env);
 	}
 	err = errno;
 	for (i = 0; i < 3; i++)
@@ -176,7 +208,7 @@ static int kw_command_start(struct kw_command *cmd, char *payload, size_t len)
 	    (argv = cut(&text, end, exec->argc)) && (env = cut(&text, end, exec->envc))) {
 		if (exec->flags & KW_FRESH)
 			forget_host_files();
-		ret = spawn(cmd, exec->flags, cwd[0], argv, env);
+		ret = spawn(cmd, exec, cwd[0], argv, env);
 	} else {
 		errno = EINVAL;
 	}

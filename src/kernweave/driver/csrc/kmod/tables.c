@@ -94,6 +94,7 @@ static void kw_fill_kprobe(struct kw_patched *p, struct kprobe *kp)
 	p->addr = (unsigned long)kp->addr;
 	p->original[0] = kp->opcode;
 	p->len = 1;
+	p->owner = kw_is_trap(kp) ? KW_OURS : KW_OTHERS;
 #ifdef CONFIG_OPTPROBES
 	if (kprobe_optimized(kp)) { /* its jump may still be to come */
 		struct optimized_kprobe *op = container_of(kp, struct optimized_kprobe, kp);
