@@ -8,7 +8,7 @@ import os
 import platform
 import statistics
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,16 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 
 
-def record(name: str, kernel: str, figures: dict[str, Any]) -> None:
-    """Write `results/NAME.json` and print it.
+def record(name: str, kernel: str, figures: dict[str, Any]) -> dict[str, Any]:
+    """Write `results/NAME.json` and print each figure beside the last committed one.
 
     Args:
         name: of the benchmark.
         kernel: release of the kernel measured.
         figures: what was measured, units in the names.
+
+    Returns:
+        What was written.
     """
     result = {
         "schema": "kernweave.bench/1",
@@ -34,21 +37,67 @@ def record(name: str, kernel: str, figures: dict[str, Any]) -> None:
         **figures,
     }
     RESULTS.mkdir(exist_ok=True)
-    text = _compact(result)
-    (RESULTS / f"{name}.json").write_text(text + "\n")
-    print(text)
+    (RESULTS / f"{name}.json").write_text(_compact(result) + "\n")
+    print("\n".join(_compared(name, figures)))
+    return result
 
 
 def _compact(result: dict[str, Any]) -> str:
-    """JSON with one line per item of a long list, so that a change shows as a small diff."""
+    """JSON with one line per item of a list or table, so that a change shows as a small diff."""
     lines = []
     for key, value in result.items():
+        items = list(value.values()) if isinstance(value, dict) else []
         if isinstance(value, list):
             rows = ",\n  ".join(json.dumps(row) for row in value)
             lines.append(f"{json.dumps(key)}: [\n  {rows}\n ]")
+        elif len(items) > 1 and all(isinstance(item, dict) for item in items):
+            rows = ",\n  ".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in value.items())
+            lines.append(f"{json.dumps(key)}: {{\n  {rows}\n }}")
         else:
             lines.append(f"{json.dumps(key)}: {json.dumps(value)}")
     return "{\n " + ",\n ".join(lines) + "\n}"
+
+
+# ---- comparison --------------------------------------------------------------------------------
+
+
+def _compared(name: str, figures: dict[str, Any]) -> list[str]:
+    """One line per number: now, in the last committed result, the ratio of both."""
+    now, before = dict(_numbers(figures)), dict(_numbers(_committed(name)))
+    if not now:
+        return []
+    width = max(map(len, now))
+    lines = [f"{'figure':{width}}  {'now':>12}  {'committed':>12}  ratio"]
+    for path, value in now.items():
+        old = before.get(path)
+        known = f"{old:12,.2f}" if old is not None else f"{'-':>12}"
+        ratio = f"{value / old:5.2f}" if old else "    -"
+        lines.append(f"{path:{width}}  {value:12,.2f}  {known}  {ratio}")
+    gone = [path for path in before if path not in now]
+    return [*lines, *(f"{path:{width}}  {'-':>12}  {before[path]:12,.2f}" for path in gone)]
+
+
+def _numbers(value: Any, path: str = "") -> Iterator[tuple[str, float]]:
+    """Every number outside a list, with the keys that lead to it; the bounds of a median aside."""
+    if isinstance(value, dict):
+        aside = {"low", "high", "values", "runs"} if "median" in value else set()
+        for key, item in value.items():
+            if key not in aside:
+                yield from _numbers(item, f"{path}/{key}" if path else key)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield path, float(value)
+
+
+def _committed(name: str) -> dict[str, Any]:
+    """The result in the last commit, without what says where it was measured."""
+    text = _git("show", f"HEAD:./{RESULTS.name}/{name}.json")
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return {}
+    if not isinstance(found, dict):
+        return {}
+    return {key: value for key, value in found.items() if key != "machine"}
 
 
 def summary(values: Sequence[float]) -> dict[str, float]:
@@ -62,5 +111,6 @@ def summary(values: Sequence[float]) -> dict[str, float]:
 
 
 def _git(*args: str) -> str:
-    done = subprocess.run(["git", *args], capture_output=True, text=True, check=False)
+    command = ["git", "-C", str(RESULTS.parent), *args]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"

@@ -18,16 +18,19 @@ CSRC = Path(__file__).parent / "csrc"
 
 #: one CPU whose clock is the number of instructions it has executed
 ICOUNT = ("-icount", "shift=0,sleep=off")
+#: idle hours pass in seconds then; the host's limit on CPU time still ends the lab
+ICOUNT_KERNEL = ("kernweave.idle=1000000000", "kernweave.cap=1000000000")
 
 
 @contextmanager
-def lab_session(name: str, smp: int, qemu_args: Sequence[str] = ()) -> Iterator[Session]:
+def lab_session(name: str, icount: bool = False) -> Iterator[Session]:
     """Boot a lab of that name anew, open a session, take the lab down at the end."""
+    args, kernel_args, smp = (ICOUNT, ICOUNT_KERNEL, 1) if icount else ((), (), 2)
     lab = Lab(name)
     lab.down()
     try:
         kmod = driver_kmod(lab.series, print)
-        lab.up(kmod=kmod, qemu_args=qemu_args, smp=smp, progress=print)
+        lab.up(kmod=kmod, qemu_args=args, kernel_args=kernel_args, smp=smp, progress=print)
         with kernweave.connect(f"lab:{name}") as session:
             yield session
     finally:

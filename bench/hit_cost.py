@@ -1,24 +1,40 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Instructions added per hit: one CPU, `-icount`, where a guest nanosecond is an instruction."""
+"""What one hit costs: instructions (one CPU, `-icount`) and wall time (two parallel CPUs).
+
+Counter out and counter in alternate, so that both see the same machine. Writes
+results/hit_cost.json, a table (.md) and a chart (.png).
+"""
 
 from __future__ import annotations
 
 import statistics
-from collections import Counter
-from dataclasses import dataclass
-from pathlib import Path
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
+from _hit_cost_report import draw_chart, write_table
+from _methods import (
+    FUNCTION,
+    Candidate,
+    Method,
+    bpf_methods,
+    candidates,
+    is_boosted,
+    kernweave_methods,
+    kprobe_methods,
+    optimisable,
+)
+from _one_point import one_point
 from _record import record
+from _stats import estimate
+from _workload import Workload, lab_session
 
-import kernweave
-from kernweave.lab.build import build_static
-from kernweave.lab.machine import Lab
 from kernweave.session.session import Session
-from kernweave.session.target import driver_kmod
 
-_LAB = "bench-icount"
-_CALLS = 1000  # a round is shorter than a timer tick, so that the least round has none
-_ROUNDS = 16
+_PAIRS = {"instructions": 3, "wall": 15}
+_ROUNDS = {"instructions": 16, "wall": 40}
+_LATENCY_RUNS = 300
 _POINTS = 50
 _PATH = (
     "__x64_sys_read", "ksys_read", "vfs_read", "read_zero", "__x64_sys_write", "ksys_write",
@@ -37,97 +53,134 @@ class Sample:
     instructions: float
 
 
-def _loop(session: Session, program: Path) -> float:
-    """Instructions per mix of four system calls, the least of some rounds."""
-    command = [str(program), "mix", str(_CALLS), str(_ROUNDS)]
-    done = session.run(command, check=True, capture=True)
-    return float(done.stdout)
+# ---- every method at one function --------------------------------------------------------------
 
 
-def _candidates(session: Session, program: Path) -> list[tuple[str, str, tuple[str, ...]]]:
-    """Points of the path that one mix hits exactly once."""
-    known = [name for name in _PATH if session.view.images[0].find(name)]
-    points = [*(f"{name}@insns" for name in known), "vfs_read"]
-    with session.count(*points, partial=True) as hits:
-        session.run([str(program), "mix", str(_CALLS), "1"], check=True, capture=True)
-    spills = dict(zip(hits.plan.addr.tolist(), hits.plan.spills, strict=True))
+def all_methods(workload: Workload) -> list[Method]:
+    """Every way to count at FUNCTION, those inside it at one and the same instruction."""
+    found = candidates(workload, FUNCTION, f"{FUNCTION}@insns")
+    inside = optimisable(workload, found)
     return [
-        (row.point, row.tactic, spills[int(row.addr, 16)])
-        for row in hits.rows()
-        if _CALLS <= row.hits < _CALLS * 1.02
+        *kernweave_methods(found, inside),
+        *kprobe_methods(inside, is_boosted(workload, inside)),
+        *bpf_methods(),
     ]
 
 
-def _choose(
-    candidates: list[tuple[str, str, tuple[str, ...]]],
-) -> list[tuple[str, str, tuple[str, ...]]]:
-    free = [one for one in candidates if one[1] == "jmp32" and not one[2]]
-    kinds = {one[2] for one in candidates if one[2]}
-    spilled = [one for kind in kinds for one in [c for c in candidates if c[2] == kind][:5]]
-    step = max(1, len(free) // _POINTS)
-    return [("vfs_read", "nop5", ()), *free[::step][:_POINTS], *spilled]
+def measure(workload: Workload, methods: Sequence[Method], pairs: int) -> dict[str, Any]:
+    """Nanoseconds (or instructions) per call, and what each method adds to it.
+
+    All methods take turns, so that a slow minute of the machine touches each of them.
+    """
+    native: list[float] = []
+    added: dict[str, list[float]] = defaultdict(list)
+    for number in range(pairs):
+        print(f"round {number + 1} of {pairs}", flush=True)
+        for method in methods:
+            out = workload.cost()
+            with method.attach(workload) as prefix:
+                added[method.name].append(workload.cost(prefix) - out)
+            native.append(out)
+    return {
+        "native_per_call": asdict(estimate(native)),
+        "added": {name: asdict(estimate(values)) for name, values in added.items()},
+    }
 
 
-def _measure(session: Session, program: Path, point: str) -> float:
-    """Counter in and out in turn: what it adds per call, the median of three."""
+# ---- many points, kernweave only ---------------------------------------------------------------
+
+
+def _spread(session: Session) -> list[Sample]:
+    """What a counter adds at points all along the path of four system calls."""
+    workload = Workload(session, "mix")
+    known = [name for name in _PATH if session.view.images[0].find(name)]
+    found = candidates(workload, FUNCTION, *(f"{name}@insns" for name in known))
+    return [
+        Sample(one.point, one.tactic, one.spills, _added(workload, one)) for one in _choose(found)
+    ]
+
+
+def _choose(found: Sequence[Candidate]) -> list[Candidate]:
+    """One entry, points without spills spread over the path, five of each kind with."""
+    inside = [one for one in found if one.tactic != "nop5"]
+    free = [one for one in inside if not one.spills]
+    kinds = sorted({one.spills for one in inside if one.spills})
+    spilled = [one for kind in kinds for one in [c for c in inside if c.spills == kind][:5]]
+    entry = next(one for one in found if one.tactic == "nop5")
+    return [entry, *free[:: max(1, len(free) // _POINTS)][:_POINTS], *spilled]
+
+
+def _added(workload: Workload, one: Candidate) -> float:
     added = []
     for _ in range(3):
-        native = _loop(session, program)
-        with session.count(point):
-            added.append(_loop(session, program) - native)
+        native = workload.cost()
+        with workload.session.count(one.point, tactics=[one.tactic]):
+            added.append(workload.cost() - native)
     return statistics.median(added)
 
 
-def _figures(samples: list[Sample]) -> dict[str, object]:
-    def group(chosen: list[Sample]) -> dict[str, object]:
+def _by_kind(samples: Sequence[Sample]) -> dict[str, Any]:
+    def group(chosen: list[Sample]) -> dict[str, Any]:
         values = [round(one.instructions, 2) for one in chosen]
         return {
             "points": len(chosen),
-            "median": statistics.median(values) if values else None,
-            "max": max(values, default=None),
-            "rounded_max": max((round(value) for value in values), default=None),
+            "median": statistics.median(values),
+            "max": max(values),
+            "rounded_max": max(round(value) for value in values),
         }
 
     free = [one for one in samples if not one.spills]
-    spilled = [one for one in samples if one.spills]
-    kinds = Counter("+".join(one.spills) for one in spilled)
+    kinds = Counter("+".join(one.spills) for one in samples if one.spills)
     return {
-        "added_instructions_per_hit": {
-            "nop5": group([one for one in free if one.tactic == "nop5"]),
-            "jmp32": group([one for one in free if one.tactic == "jmp32"]),
-            "spills": {
-                kind: group([one for one in spilled if "+".join(one.spills) == kind])
-                for kind in kinds
-            },
+        tactic: group([one for one in free if one.tactic == tactic])
+        for tactic in dict.fromkeys(one.tactic for one in free)
+    } | {
+        "spills": {
+            kind: group([one for one in samples if "+".join(one.spills) == kind]) for kind in kinds
+        }
+    }
+
+
+# ---- the run -----------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Measure in two labs, one after the other, and write the results."""
+    with lab_session("bench-icount", icount=True) as session:
+        workload = Workload(session, rounds=_ROUNDS["instructions"])
+        methods = all_methods(workload)
+        instructions = measure(workload, methods, _PAIRS["instructions"])
+        samples = _spread(session)
+    with lab_session("bench-wall") as session:
+        kernel = session.kernel
+        workload = Workload(session, rounds=_ROUNDS["wall"])
+        methods = all_methods(workload)
+        wall = measure(workload, methods, _PAIRS["wall"])
+        latency = one_point(session, methods[1].point, _LATENCY_RUNS)
+    figures = {
+        "function": FUNCTION,
+        "native_per_call": {
+            "instructions": instructions["native_per_call"],
+            "wall_ns": wall["native_per_call"],
         },
+        "methods": {
+            one.name: {
+                "point": one.point,
+                "instructions": instructions["added"][one.name],
+                "wall_ns": wall["added"][one.name],
+            }
+            for one in methods
+        },
+        "one_point_ms": latency,
+        "added_instructions_per_hit": _by_kind(samples),
         "points": [
             [one.point, one.tactic, "+".join(one.spills), round(one.instructions, 2)]
             for one in samples
         ],
     }
-
-
-def main() -> None:
-    """Measure in a lab of its own and write results/hit_cost.json."""
-    lab = Lab(_LAB)
-    lab.down()
-    lab.up(
-        kmod=driver_kmod(lab.series, print),
-        qemu_args=("-icount", "shift=0,sleep=off"),
-        smp=1,
-        progress=print,
-    )
-    try:
-        program = build_static(Path(__file__).parent / "csrc" / "calls.c")
-        with kernweave.connect(f"lab:{_LAB}") as session:
-            chosen = _choose(_candidates(session, program))
-            samples = [
-                Sample(point, tactic, spills, _measure(session, program, point))
-                for point, tactic, spills in chosen
-            ]
-            record("hit_cost", session.kernel, _figures(samples))
-    finally:
-        lab.down()
+    result = record("hit_cost", kernel, figures)
+    write_table(result)
+    draw_chart(result)
 
 
 if __name__ == "__main__":

@@ -176,9 +176,8 @@ def attach_and_be_killed(machine: OracleLab, reader: Session) -> list[Poke]:
 
 def attach_and_flip_a_static_key(machine: OracleLab, reader: Session) -> list[Poke]:
     with kernweave.connect(machine.target) as k, k.count(*POINTS, tactics=TACTICS):
-        for value in (1, 0):
-            script = f"echo {value} > /proc/sys/kernel/sched_schedstats"
-            reader.run(["sh", "-c", script], check=True)
+        key = "/proc/sys/kernel/sched_schedstats"
+        reader.run(["sh", "-c", f"echo 1 > {key}; echo 0 > {key}"], check=True)
         return placed_now(reader)
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import pytest
-from guest import assert_exact, booted, program, read_text, target
+from guest import JUMPS, assert_exact, booted, program, read_text, target
 
 import kernweave
 from kernweave.errors import Reason
@@ -57,7 +57,9 @@ def test_boot_mode_counts_and_restores(mode: Mode) -> None:
 def _count(session: Session) -> set[Reason]:
     """Count under a workload; return the reasons of the points that were refused."""
     points = ["vfs_read@insns", *(f"{name}@blocks" for name in FUNCTIONS)]
-    with session.count(*points, "lockref_get@insns", "mutex_unlock@insns", partial=True) as hits:
+    with session.count(
+        *points, "lockref_get@insns", "mutex_unlock@insns", partial=True, tactics=JUMPS
+    ) as hits:
         session.run([program("mixed"), "2"], check=True)
     assert hits.text_restored
     counts = {row.point: row.hits for row in hits.rows()}

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 from guest import (
+    JUMPS,
     TRACING,
     assert_exact,
     booted,
@@ -90,7 +91,7 @@ def points_of(hits: Attachment, tactic: str) -> list[tuple[str, int]]:
 def test_static_key_that_flips_inside_counted_functions_does_no_harm(
     session: Session, other: Link
 ) -> None:
-    with session.count(*insns(*SCHEDULER), partial=True) as hits:
+    with session.count(*insns(*SCHEDULER), partial=True, tactics=JUMPS) as hits:
         assert Reason.JUMP_LABEL in {one.reason for one in hits.refused}
         for _ in range(5):
             for value in (1, 0):
@@ -108,7 +109,7 @@ def test_static_calls_that_change_inside_counted_functions_do_no_harm(
              "irqentry_exit_cond_resched", "down_read", "mutex_lock", "copy_page_range",
              "__alloc_pages", "kmem_cache_alloc", "vfs_read")  # fmt: skip
     known = [name for name in (*SCHEDULER, *calls) if session.view.images[0].find(name)]
-    with session.count(*insns(*known), partial=True) as hits:
+    with session.count(*insns(*known), partial=True, tactics=JUMPS) as hits:
         assert Reason.STATIC_CALL in {one.reason for one in hits.refused}
         for mode in ("full", "none", "voluntary", "full", "voluntary"):
             shell(other, f"echo {mode} > {preempt}")
@@ -138,7 +139,7 @@ def test_entry_that_ftrace_uses_first_is_refused(session: Session, other: Link) 
     with pytest.raises(RefusedError) as refused:
         session.count("vfs_read")
     assert [reason for _, reason, _ in refused.value.refused] == [Reason.BUSY_FTRACE]
-    with session.count("vfs_read@insns", partial=True) as hits:
+    with session.count("vfs_read@insns", partial=True, tactics=JUMPS) as hits:
         work(session, 1)
     assert hits.text_restored
     assert [one.point for one in hits.refused if one.reason is Reason.BUSY_FTRACE] == [
@@ -201,13 +202,13 @@ def remove_kprobe(link: Link) -> None:
 
 @pytest.mark.parametrize("armed", [True, False], ids=["armed", "registered"])
 def test_kprobe_that_is_there_first_is_busy(session: Session, other: Link, armed: bool) -> None:
-    with session.count("vfs_read@insns", partial=True) as hits:
+    with session.count("vfs_read@insns", partial=True, tactics=JUMPS) as hits:
         place = points_of(hits, "jmp32")[3]
     add_kprobe(other, place, armed)
     with pytest.raises(RefusedError) as refused:
         session.count(f"{place[0]}+{place[1]:#x}")
     assert [reason for _, reason, _ in refused.value.refused] == [Reason.BUSY_KPROBE]
-    with session.count("vfs_read@insns", partial=True) as rest:
+    with session.count("vfs_read@insns", partial=True, tactics=JUMPS) as rest:
         work(session, 1)
     assert rest.text_restored
 
@@ -217,7 +218,7 @@ def test_kprobe_on_our_site_pins_it_until_the_kprobe_goes(
     lab: Lab, other: Link, armed: bool
 ) -> None:
     with kernweave.connect(target(lab)) as session:
-        hits = session.count("vfs_read@insns", partial=True)
+        hits = session.count("vfs_read@insns", partial=True, tactics=JUMPS)
         place = points_of(hits, "jmp32")[3]
         add_kprobe(other, place, armed)
         work(session, 1)
@@ -254,10 +255,10 @@ def test_kprobe_on_a_counted_entry_evicts_it(session: Session, other: Link) -> N
 def test_kprobe_through_ftrace_does_not_hide_the_code_behind_it(
     session: Session, other: Link
 ) -> None:
-    with session.count("vfs_read@insns", partial=True) as hits:
+    with session.count("vfs_read@insns", partial=True, tactics=JUMPS) as hits:
         before = [point.text for point in hits.placed]
     add_kprobe(other, ("vfs_read", 0), True)
-    with session.count("vfs_read@insns", partial=True) as hits:
+    with session.count("vfs_read@insns", partial=True, tactics=JUMPS) as hits:
         work(session, 1)
         assert [point.text for point in hits.placed] == before[1:]
 
@@ -265,18 +266,18 @@ def test_kprobe_through_ftrace_does_not_hide_the_code_behind_it(
 def test_optimised_kprobes_and_our_sites_side_by_side_do_no_harm(
     session: Session, other: Link
 ) -> None:
-    with session.count("vfs_read@insns", partial=True) as hits:
+    with session.count("vfs_read@insns", partial=True, tactics=JUMPS) as hits:
         offsets = sorted(row.offset for row in hits.rows())
         refused = [one for one in hits.refused if one.reason is Reason.TOO_SHORT]
         short = [int(one.point.partition("+")[2], 16) for one in refused]
     for off in short[:12]:  # instructions before ours: a jump there may cover ours
         add_kprobe(other, ("vfs_read", off), True)
-        with session.count("vfs_read@insns", partial=True) as hits:
+        with session.count("vfs_read@insns", partial=True, tactics=JUMPS) as hits:
             work(session, 1)
             assert hits.plan.addr.size
         assert hits.text_restored
         remove_kprobe(other)
-    with session.count("vfs_read@insns", partial=True) as hits:
+    with session.count("vfs_read@insns", partial=True, tactics=JUMPS) as hits:
         for off in short[:12]:
             add_kprobe(other, ("vfs_read", off), True)
             shell(other, "cat /proc/self/status")
@@ -291,13 +292,13 @@ def test_optimised_kprobes_and_our_sites_side_by_side_do_no_harm(
 
 def test_kmod_that_comes_and_goes_while_counted(lab: Lab, session: Session, other: Link) -> None:
     path = _find_kmod("loop")
-    with session.count("vfs_read@insns", "load_module@insns", partial=True) as hits:
+    with session.count("vfs_read@insns", "load_module@insns", partial=True, tactics=JUMPS) as hits:
         for _ in range(3):
             assert kmodctl(other, "load", path) == "ok"
             assert kmodctl(other, "unload", "loop") == "ok"
     assert hits.text_restored
     assert kmodctl(other, "load", path) == "ok"
-    with session.count("loop:*@insns", partial=True) as hits:
+    with session.count("loop:*@insns", partial=True, tactics=JUMPS) as hits:
         assert hits.rows()[0].kmod == "loop"
         assert kmodctl(other, "unload", "loop") == "EAGAIN"
         work(session, 1)
@@ -306,7 +307,9 @@ def test_kmod_that_comes_and_goes_while_counted(lab: Lab, session: Session, othe
 
 
 def test_points_in_the_agents_own_kmod_count(session: Session) -> None:
-    with session.count("virtio_console:*@insns", "9p:*@blocks", partial=True) as hits:
+    with session.count(
+        "virtio_console:*@insns", "9p:*@blocks", partial=True, tactics=JUMPS
+    ) as hits:
         work(session, 1)
     rows = {row.point: row.hits for row in hits.rows()}
     assert rows["virtio_console:port_fops_write"] > 0

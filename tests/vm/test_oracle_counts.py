@@ -237,9 +237,11 @@ def test_seeded_fault_is_seen(
 @in_default_mode
 def test_small_differences_are_seen(machine: OracleLab, healthy: Measured) -> None:
     assert differences(healthy) == []
-    for key, hits in healthy.hits.items():
+    chosen = {_hottest(healthy, Tactic.JMP32), _hottest(healthy, Tactic.NOP5)}
+    for key in [key for key in healthy.hits if key[0] in chosen]:
         for off in (-1, 1):
-            assert differences(replace(healthy, hits={**healthy.hits, key: hits + off}))
+            wrong = {**healthy.hits, key: healthy.hits[key] + off}
+            assert differences(replace(healthy, hits=wrong))
     # as if the originals had been executed all the time
     assert differences(replace(healthy, inside=native_executed(healthy)))
 

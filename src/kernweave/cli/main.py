@@ -20,10 +20,11 @@ _COMMANDS = {
     "sites": "sites",
     "list": "list_",
     "lab": "lab",
+    "bench": "bench",
     "doctor": "doctor",
 }
 _LATER = (
-    "analyze", "bench", "callees", "callers", "query", "run", "time", "trace",
+    "analyze", "callees", "callers", "query", "run", "time", "trace",
 )  # fmt: skip
 
 _EPILOG = """\b

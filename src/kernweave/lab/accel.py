@@ -139,10 +139,23 @@ def probe_command(
 ) -> Verdict:
     """Run a QEMU until its console shows the proof, it ends, or time is up; leave no process."""
     began = time.monotonic()
-    process = subprocess.Popen(
-        argv, env=env, cwd="/", stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
+    words = tempfile.TemporaryFile()  # noqa: SIM115
+    with words:
+        process = subprocess.Popen(
+            argv, env=env, cwd="/", stdin=subprocess.DEVNULL, stdout=words, stderr=words,
+            start_new_session=True,
+        )  # fmt: skip
+        verdict = _watch(process, console, began, limit_s)
+        words.seek(0)
+        said = words.read().decode(errors="replace").strip().splitlines()
+    if not verdict.usable and process.returncode not in (None, -signal.SIGKILL) and said:
+        return Verdict(False, f"{verdict.why}: {said[-1][:200]}")
+    return verdict
+
+
+def _watch(
+    process: subprocess.Popen[bytes], console: Path, began: float, limit_s: float
+) -> Verdict:
     ended = proved = False
     try:
         while not (ended or proved) and time.monotonic() - began < limit_s:

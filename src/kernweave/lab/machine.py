@@ -26,7 +26,14 @@ from kernweave.lab.console import (
 )
 from kernweave.lab.initramfs import build_initramfs
 from kernweave.lab.packages import KernelTree, fetch_kernel, fetch_qemu
-from kernweave.lab.qemu import PORTS, Hardware, check_version, command_line, launch
+from kernweave.lab.qemu import (
+    PORTS,
+    WATCHDOG_EVENT,
+    Hardware,
+    check_version,
+    command_line,
+    launch,
+)
 from kernweave.lab.state import (
     State,
     is_stopped,
@@ -270,7 +277,8 @@ class Lab:
         check_version(qemu)
         accel = choose_accel(qemu, kernel, hardware.qemu_args, progress)
         hardware = replace(hardware, accel=accel)
-        (self.folder / "console.log").unlink(missing_ok=True)
+        for file in ("console.log", "qemu.trace"):
+            (self.folder / file).unlink(missing_ok=True)
         progress(f"booting {kernel.release} in QEMU {qemu.version}")
         began = time.monotonic()
         try:
@@ -314,6 +322,8 @@ class Lab:
         if off is not None:
             return self._lab_error(f"the lab has powered itself off: {off}")
         if state is None or not state.alive():
+            if WATCHDOG_EVENT in read_console(self.folder / "qemu.trace"):
+                return self._lab_error("the guest hung, and its watchdog ended it")
             return self._lab_error(f"the lab's QEMU is gone ({cause})")
         if "answer" in cause or "takes nothing" in cause:
             return self._hung(cause, state)

@@ -19,6 +19,7 @@ PORTS = 8
 IDLE_S = 15 * 60
 CAP_S = 8 * 3600
 OLDEST = (8, 1)
+WATCHDOG_EVENT = "watchdog_perform_action"  # in qemu.trace once it has barked
 
 _START_LIMIT_S = 20.0
 
@@ -88,6 +89,7 @@ def command_line(
         *("-qmp", f"unix:{_quoted(folder)}/qmp,server=on,wait=off"),
         # the guest's init strokes it: a guest that hangs as a whole is ended too
         *("-device", "i6300esb", "-action", "watchdog=poweroff"),
+        *("-trace", WATCHDOG_EVENT, "-D", str(folder / "qemu.trace")),
         *("-virtfs", "local,path=/,mount_tag=host,security_model=none,readonly=on,multidevs=remap"),
         *("-device", f"virtio-serial-pci,max_ports={PORTS + 1}"),
         *ports,

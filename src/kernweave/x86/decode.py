@@ -179,22 +179,37 @@ def _traits(ins: iced.Instruction, code: bytes) -> int:
     return trait
 
 
-Row = tuple[int, int, int, int, int]  # length, flow, trait, reads, writes
+#: length, flow, trait, reads, writes, and the distance of a direct target from the next
+#: instruction: all of it depends on the bytes alone
+Row = tuple[int, int, int, int, int, int]
+
+_TARGETED = (Flow.JUMP, Flow.BRANCH, Flow.CALL)
 
 
 def _row(ins: iced.Instruction, code: bytes) -> Row:
     if ins.is_invalid:
-        return ins.len, Flow.INVALID, 0, ALL_MASK, 0
+        return ins.len, Flow.INVALID, 0, ALL_MASK, 0, 0
     reads, writes = _masks(ins)
     flow = _FLOW.get(ins.flow_control, Flow.LEAVE)
     if ins.mnemonic in _LEAVING:
         flow = Flow.LEAVE
-    return ins.len, flow, _traits(ins, code), reads, writes
+    distance = _signed(ins.near_branch_target - ins.next_ip) if flow in _TARGETED else 0
+    return ins.len, flow, _traits(ins, code), reads, writes, distance
 
 
-#: what is known of an instruction depends on its bytes alone, but for its target
-_rows: dict[bytes, Row] = {}
-_TARGETED = (Flow.JUMP, Flow.BRANCH, Flow.CALL)
+def _signed(value: int) -> int:
+    return (value + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
+#: what was decoded before: instruction bytes to their place in `_rows`
+_known: dict[bytes, int] = {}
+_rows: list[Row] = []
+
+
+def _learn(ins: iced.Instruction, code: bytes) -> int:
+    number = _known[code] = len(_rows)
+    _rows.append(_row(ins, code))
+    return number
 
 
 def decode(stretches: Iterable[tuple[int, bytes]]) -> Decoded:
@@ -204,30 +219,44 @@ def decode(stretches: Iterable[tuple[int, bytes]]) -> Decoded:
         stretches: (run-time address, bytes) of each; undecodable bytes become an `INVALID`
             instruction.
     """
-    rows: list[Row] = []
-    targets: list[int] = []
-    addrs: list[int] = []
-    counts: list[int] = []
+    numbers: list[int] = []
+    starts: list[int] = []
+    firsts: list[int] = []
+    known = _known.get
     for start, code in stretches:
-        before = len(rows)
+        starts.append(start)
+        firsts.append(len(numbers))
+        at = 0
         for ins in iced.Decoder(64, code, ip=start):
-            at = ins.ip - start
-            key = code[at : at + ins.len]
-            row = _rows.get(key)
-            if row is None:
-                row = _rows[key] = _row(ins, key)
-            rows.append(row)
-            addrs.append(ins.ip)
-            targets.append(ins.near_branch_target if row[1] in _TARGETED else 0)
-        counts.append(len(rows) - before)
-    table = np.array(rows, np.int64).reshape(-1, 5)
+            end = at + ins.len
+            key = code[at:end]
+            number = known(key)
+            numbers.append(_learn(ins, key) if number is None else number)
+            at = end
+    return _columns(np.array(numbers, np.int64), starts, firsts)
+
+
+def _columns(numbers: npt.NDArray[np.int64], starts: list[int], firsts: list[int]) -> Decoded:
+    """Look every instruction up in the table of those known."""
+    used, place = np.unique(numbers, return_inverse=True)
+    table = np.array([_rows[number] for number in used.tolist()], np.int64).reshape(-1, 6)[place]
+    first = np.array([*firsts, len(numbers)], np.int64)
+    counts = np.diff(first)
+    stretch = np.repeat(np.arange(len(starts), dtype=np.int32), counts)
+    length = table[:, 0]
+    ahead = np.cumsum(length) - length
+    first_ahead = np.append(ahead, 0)[first[:-1]]
+    addr = np.array(starts, np.uint64)[stretch] + (ahead - first_ahead[stretch]).astype(np.uint64)
+    flow = table[:, 1]
+    direct = np.isin(flow, _TARGETED)
+    target = np.where(direct, (addr + length.astype(np.uint64)) + table[:, 5].view(np.uint64), 0)
     return Decoded(
-        stretch=np.repeat(np.arange(len(counts), dtype=np.int32), counts),
-        addr=np.array(addrs, np.uint64),
-        length=table[:, 0].astype(np.uint8),
-        flow=table[:, 1].astype(np.uint8),
+        stretch=stretch,
+        addr=addr,
+        length=length.astype(np.uint8),
+        flow=flow.astype(np.uint8),
         trait=table[:, 2].astype(np.uint16),
         reads=table[:, 3].astype(np.uint32),
         writes=table[:, 4].astype(np.uint32),
-        target=np.array(targets, np.uint64),
+        target=target.astype(np.uint64),
     )

@@ -4,7 +4,8 @@
  * loads the driver, keeps one agent per virtio port, powers off when unused.
  *
  * Kernel command line: kernweave.ports=N, kernweave.idle=SECONDS without any
- * host session, kernweave.cap=SECONDS in all.
+ * host session, kernweave.cap=SECONDS in all, kernweave.watchdog=SECONDS until
+ * the machine is ended from outside because process 1 does not run any more.
  */
 #define _GNU_SOURCE
 #include <dirent.h>
@@ -31,13 +32,13 @@
 #include "agent.h"
 
 #define MAX_PORTS	16
-#define WATCHDOG_S	120	/* a host under load may keep a sound guest waiting for long */
 
 static int kmsg = -1, agent_fd = -1, shared_fd = -1, driver_fd = -1, watchdog_fd = -1;
 static struct kw_port *shared;
 static char nodes[MAX_PORTS][40];
 static pid_t agents[MAX_PORTS];
 static long ports = 8, idle_s = 900, cap_s = 8 * 3600;
+static long watchdog_s = 120;	/* a host under load may keep a sound guest waiting for long */
 
 /* To the kernel log, so that it keeps its place among the kernel's own lines. */
 static void say(const char *format, ...)
@@ -91,6 +92,7 @@ static void read_options(void)
 		sscanf(word, "kernweave.ports=%ld", &ports);
 		sscanf(word, "kernweave.idle=%ld", &idle_s);
 		sscanf(word, "kernweave.cap=%ld", &cap_s);
+		sscanf(word, "kernweave.watchdog=%ld", &watchdog_s);
 	}
 	if (ports > MAX_PORTS)
 		ports = MAX_PORTS;
@@ -256,10 +258,9 @@ static int in_use(void)
 	return 0;
 }
 
-/* Ends the machine from outside if nobody strokes it for WATCHDOG_S. */
 static void start_watchdog(void)
 {
-	int seconds = WATCHDOG_S;
+	int seconds = watchdog_s;
 
 	watchdog_fd = open("/dev/watchdog", O_WRONLY | O_CLOEXEC);
 	if (watchdog_fd < 0 || ioctl(watchdog_fd, WDIOC_SETTIMEOUT, &seconds))

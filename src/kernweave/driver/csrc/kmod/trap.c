@@ -189,8 +189,10 @@ void kw_trap_session(struct kw_session *s)
 			kw_set_free(set);
 			continue;
 		}
-		for (i = 0; i < set->nr_armed; i++)
+		for (i = 0; i < set->nr_armed; i++) {
 			disable_kprobe(set->armed[i]);
+			cond_resched();
+		}
 		list_move(&set->link, &kw_leaving);
 		schedule_work(&kw_leaver);
 	}
