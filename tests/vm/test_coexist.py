@@ -23,6 +23,7 @@ from guest import (
 
 import kernweave
 from kernweave.driver.link import Link
+from kernweave.driver.uapi import Owner
 from kernweave.errors import Reason, RefusedError
 from kernweave.lab.machine import Lab
 from kernweave.lab.packages import fetch_kernel
@@ -173,8 +174,11 @@ def test_ftrace_of_all_functions_evicts_two_thousand_entries(
     entries = [name for name in names if symbols.find(name)[0] in ftrace]
     chosen = random.Random(SEED).sample(entries, 2000)
     with session.count(*chosen, partial=True) as hits:
+        # the kernel itself patches 38,000 sites without a pause, which emulation makes long
+        shell(other, "echo 0 > /proc/sys/kernel/soft_watchdog")
         shell(other, f"cd {TRACING}; echo > set_ftrace_filter; echo {tracer} > current_tracer")
         shell(other, f"echo nop > {TRACING}/current_tracer")
+        shell(other, "echo 1 > /proc/sys/kernel/soft_watchdog")
         work(session, 1)
     assert hits.text_restored
     assert hits.evicted > 1500
@@ -232,7 +236,7 @@ def test_kprobe_on_our_site_pins_it_until_the_kprobe_goes(
     shell(other, "cat /proc/self/status")
     with kernweave.connect(target(lab), writer=False) as reader:
         assert reader.driver.facts.pinned == 1
-        assert [int(row["pinned"]) for row in reader.driver.placed()] == [1]
+        assert [row["owner"] for row in reader.driver.placed()] == [Owner.LEFT]
     assert kmodctl(other, "unload", "kernweave") == "EAGAIN"
     remove_kprobe(other)
     until("nothing is pinned", lambda: _pinned(lab) == 0)
@@ -312,7 +316,7 @@ def test_points_in_the_agents_own_kmod_count(session: Session) -> None:
     ) as hits:
         work(session, 1)
     rows = {row.point: row.hits for row in hits.rows()}
-    assert rows["virtio_console:port_fops_write"] > 0
+    assert rows["virtio_console:port_fops_write+0x0"] > 0
     assert hits.text_restored
 
 

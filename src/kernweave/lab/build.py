@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -166,6 +167,8 @@ def _compile(argv: Sequence[str], what: str, extra: Mapping[str, str]) -> str:
             f"cannot {what}: {argv[0]} is not installed",
             help="run `kernweave doctor` for the packages this machine needs",
         ) from error
+    if done.returncode != 0 and os.strerror(errno.ENOSPC) in done.stdout:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(_builds_dir()))
     if done.returncode != 0:
         raise UnsupportedError(
             f"cannot {what}: {argv[0]} ended with status {done.returncode}",

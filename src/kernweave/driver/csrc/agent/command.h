@@ -151,8 +151,8 @@ static int open_pty(int *ours, int *theirs)
 	if (ours[1] < 0 || ioctl(ours[1], TIOCSPTLCK, &unlocked))
 		return -1;
 	theirs[0] = ioctl(ours[1], TIOCGPTPEER, flags);
-	theirs[1] = dup(theirs[0]);
-	theirs[2] = dup(theirs[0]);
+	theirs[1] = fcntl(theirs[0], F_DUPFD_CLOEXEC, 0);
+	theirs[2] = fcntl(theirs[0], F_DUPFD_CLOEXEC, 0);
 	ours[0] = fcntl(ours[1], F_DUPFD_CLOEXEC, 0);
 	return theirs[0] < 0 || theirs[1] < 0 || theirs[2] < 0 || ours[0] < 0 ? -1 : 0;
 }
