@@ -142,6 +142,31 @@ def _record(row: dict[str, Any]) -> None:
     RESULTS.write_text(json.dumps([*kept, row], indent=1) + "\n")
 
 
+# ---- traps -------------------------------------------------------------------------------------
+
+TRAPS = [
+    "vfs_read@insns", "fput@insns", "pipe_read@blocks", "try_to_wake_up@blocks",
+    "handle_mm_fault@insns", "kmem_cache_alloc@blocks", "sock_def_readable@insns",
+]  # fmt: skip
+INT3 = b"\xcc"
+
+
+def test_traps_and_missed_hits_equal_the_oracle(machine: OracleLab) -> None:
+    command = storm(SEED, 5, spawns=2)
+    with kernweave.connect(machine.target, progress=print) as k:
+        before = machine.snapshot()
+        with k.count(*TRAPS, tactics=["int3"]) as attachment:
+            _run(k, command)
+        executed = machine.snapshot().since(before)
+    addrs = [point.addr for point in attachment.placed]
+    assert len(addrs) > 200 and set(attachment.tactics()) == {"int3"}
+    counted = attachment.hits() + attachment.missed()
+    assert executed.at_code(addrs, [INT3] * len(addrs)).tolist() == counted.tolist()
+    assert (counted > 0).sum() > 100 and attachment.text_restored
+    # a check that cannot fail is a defect
+    assert executed.at_code(addrs, [INT3] * len(addrs)).tolist() != (counted + 1).tolist()
+
+
 # ---- seeded faults -----------------------------------------------------------------------------
 
 FAULT_POINTS = ["vfs_read@blocks", "vfs_rename@insns"]

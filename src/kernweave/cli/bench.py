@@ -12,7 +12,7 @@ import click
 
 import kernweave
 from kernweave.cli.output import print_json
-from kernweave.errors import UsageError
+from kernweave.errors import KernweaveError, UsageError
 
 
 @click.command()
@@ -40,7 +40,7 @@ def bench(name: str, as_json: bool) -> int:
     if status or not as_json:
         return 0 if status == 0 else 1
     if not result.exists() or result.stat().st_mtime_ns == before:
-        raise UsageError(f"benchmark {name} writes no result", help=f"kernweave bench {name}")
+        raise KernweaveError(f"benchmark {name} wrote no result", help=f"kernweave bench {name}")
     print_json(json.loads(result.read_text()))
     return 0
 
