@@ -65,6 +65,7 @@ def _latency(latency: dict[str, Any]) -> list[str]:
             for key, what in (
                 ("commit", "the text changes (`driver.commit`)"),
                 ("undo", "the text changes back (`driver.undo`)"),
+                ("round_trip", "a request that does nothing, for comparison"),
                 ("count", "all of `Session.count()`"),
                 ("detach", "all of `detach()`, with its grace period"),
             )
@@ -102,7 +103,7 @@ def draw_chart(result: dict[str, Any]) -> None:
         f"Cost of counting one arrival at {result['function']}, Linux {result['kernel']}, QEMU TCG",
         fontsize=12, x=0.01, ha="left",
     )  # fmt: skip
-    figure.tight_layout(rect=(0, 0, 1, 0.97))
+    figure.tight_layout(rect=(0, 0, 1, 1))
     figure.savefig(RESULTS / "hit_cost.png", dpi=120, metadata={"Software": None})
     plt.close(figure)
 
@@ -125,6 +126,7 @@ def _bars(axes: Any, methods: dict[str, Any], measure: str) -> None:
             axes.barh(row, end, color="none", edgecolor=colour, height=0.66, linestyle=":")
             text = f"< {end:,.0f}, not told from 0"
         axes.text(end * 1.12, row, text, va="center", fontsize=9)
+    axes.xaxis.set_major_formatter(lambda value, position: f"{value:,.0f}")
     axes.set_yticks(range(len(methods)), list(methods))
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", which="major", color="#dddddd", linewidth=0.6)

@@ -25,9 +25,9 @@ def one_point(session: Session, point: str, runs: int) -> dict[str, Any]:
     """Attach and detach one point many times.
 
     Returns:
-        Milliseconds: `commit` and `undo` change the text, `count` and `detach` are the whole calls;
-        `requests` is what each request takes per attach and detach at the median, `python` the
-        rest of both.
+        Milliseconds: `commit` and `undo` change the text, `count` and `detach` are the whole calls,
+        `round_trip` is a request that does next to nothing; `requests` is what each request takes
+        per attach and detach at the median, `python` the rest of both.
     """
     parts: dict[str, list[float]] = defaultdict(list)
     for _ in range(runs):
@@ -50,6 +50,7 @@ def one_point(session: Session, point: str, runs: int) -> dict[str, Any]:
         "runs": runs,
         "commit": figures["commit"],
         "undo": figures["undo"],
+        "round_trip": figures["placed"],
         **whole,
         "requests": {name: value["p50"] for name, value in slowest},
     }

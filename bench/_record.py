@@ -67,14 +67,14 @@ def _compared(name: str, figures: dict[str, Any]) -> list[str]:
     if not now:
         return []
     width = max(map(len, now))
-    lines = [f"{'figure':{width}}  {'now':>12}  {'committed':>12}  ratio"]
+    lines = [f"{'figure':{width}}  {'now':>9}  {'committed':>9}  ratio"]
     for path, value in now.items():
         old = before.get(path)
-        known = f"{old:12,.2f}" if old is not None else f"{'-':>12}"
+        known = f"{old:9,.2f}" if old is not None else f"{'-':>9}"
         ratio = f"{value / old:5.2f}" if old else "    -"
-        lines.append(f"{path:{width}}  {value:12,.2f}  {known}  {ratio}")
+        lines.append(f"{path:{width}}  {value:9,.2f}  {known}  {ratio}")
     gone = [path for path in before if path not in now]
-    return [*lines, *(f"{path:{width}}  {'-':>12}  {before[path]:12,.2f}" for path in gone)]
+    return [*lines, *(f"{path:{width}}  {'-':>9}  {before[path]:9,.2f}" for path in gone)]
 
 
 def _numbers(value: Any, path: str = "") -> Iterator[tuple[str, float]]:
@@ -83,7 +83,7 @@ def _numbers(value: Any, path: str = "") -> Iterator[tuple[str, float]]:
         aside = {"low", "high", "values", "runs"} if "median" in value else set()
         for key, item in value.items():
             if key not in aside:
-                yield from _numbers(item, f"{path}/{key}" if path else key)
+                yield from _numbers(item, path if key == "median" else f"{path}/{key}".strip("/"))
     elif isinstance(value, int | float) and not isinstance(value, bool):
         yield path, float(value)
 

@@ -19,6 +19,7 @@ from command import Kernweave
 from kernweave.errors import LabError, UnsupportedError
 from kernweave.lab.cache import cache_dir
 from kernweave.lab.machine import Lab
+from kernweave.lab.state import start_ticks
 from kernweave.session.session import Session
 
 NewLab = Callable[[str], Lab]
@@ -74,7 +75,7 @@ def test_stopped_qemu_is_a_hung_guest_and_can_be_taken_down(victim: Lab) -> None
     except LabError as error:
         assert error.help == f"kernweave lab down {victim.name}"
     assert Kernweave(victim.name)("lab", "down").stdout == f"lab {victim.name}: down\n"
-    assert not Path(f"/proc/{pid}").exists()
+    assert start_ticks(pid) is None
 
 
 HOG = "for i in 1 2 3 4; do chrt -f 99 sh -c 'while :; do :; done' & done; wait"

@@ -61,8 +61,7 @@ class Code:
         writes: uint32[n], mask of registers and flags overwritten.
         target: uint64[n], direct branch or call target, else 0.
         leader: bool[n], first instruction of a block.
-        room: uint8[n], bytes up to the next instruction or branch target: `length`, and the
-            dead padding that follows it.
+        room: uint8[n], `length` and the int3 filler directly behind it, which nothing leads to.
         return_thunks: addresses to which a jump is a return.
     """
 
@@ -113,7 +112,8 @@ def build_code(parts: Sequence[Part], sites: Sites) -> Code:
     targeted = contains(_targets(columns, sites), addr)
     first = np.ones(len(part), bool)
     first[1:] = part[1:] != part[:-1]
-    keep = ~_padding(columns, targeted, first)
+    protected = _is_table_row(addr, sites)
+    keep = ~_padding(columns, targeted | protected, first)
     leader = _leaders(columns, targeted | first, keep, sites)
     rows = np.flatnonzero(keep)
     return Code(
@@ -127,7 +127,7 @@ def build_code(parts: Sequence[Part], sites: Sites) -> Code:
         writes=columns.writes[rows],
         target=columns.target[rows],
         leader=leader[rows],
-        room=_room(addr, part, rows, parts),
+        room=_room(columns, keep)[rows],
         return_thunks=sites.return_thunks,
     )
 
@@ -167,14 +167,19 @@ def _leaders(columns: Decoded, starts: Mask, keep: Mask, sites: Sites) -> Mask:
     return np.asarray((starts | after | gap) & keep)
 
 
-def _room(
-    addr: npt.NDArray[np.uint64],
-    part: npt.NDArray[np.int32],
-    rows: npt.NDArray[np.int64],
-    parts: Sequence[Part],
-) -> npt.NDArray[np.uint8]:
-    ends = np.array([one.end for one in parts], np.uint64)
-    following = np.append(addr[rows[1:]], np.uint64(0))
-    same = np.append(part[rows[1:]] == part[rows[:-1]], False)
-    until = np.where(same, following, ends[part[rows]]) if len(rows) else following[:0]
-    return np.minimum(until - addr[rows], 255).astype(np.uint8)
+def _is_table_row(addr: npt.NDArray[np.uint64], sites: Sites) -> Mask:
+    """Whether the kernel itself may rewrite or look for an instruction: then it is no filler."""
+    tables = (sites.jump_labels, sites.static_calls, sites.ftrace, sites.exceptions, sites.bugs)
+    return np.asarray(np.logical_or.reduce([contains(table, addr) for table in tables]))
+
+
+def _room(columns: Decoded, keep: Mask) -> npt.NDArray[np.uint8]:
+    """Bytes of each instruction and of the int3 filler behind it, in its own part."""
+    count = len(keep)
+    filler = ~keep & ((columns.trait & Trait.INT3) != 0)
+    filler[1:] &= columns.stretch[1:] == columns.stretch[:-1]
+    # the first row behind each that is not filler
+    stops = np.where(filler, count, np.arange(count))
+    following = np.append(np.minimum.accumulate(stops[::-1])[::-1], count)[1:]
+    ahead = np.append(0, np.cumsum(columns.length, dtype=np.int64))
+    return np.asarray(np.minimum(ahead[following] - ahead[:-1], 255), np.uint8)

@@ -149,7 +149,7 @@ def probe_command(
         words.seek(0)
         said = words.read().decode(errors="replace").strip().splitlines()
     if not verdict.usable and process.returncode not in (None, -signal.SIGKILL) and said:
-        return Verdict(False, f"{verdict.why}: {said[-1][:200]}")
+        return Verdict(False, f"{verdict.why}: {said[-1].rpartition('qemu-system-x86_64: ')[2]}")
     return verdict
 
 
@@ -182,5 +182,6 @@ def _end(process: subprocess.Popen[bytes]) -> bool:
     try:
         process.wait(_END_S)
     except subprocess.TimeoutExpired:
+        process.returncode = -signal.SIGKILL  # given up: nobody will ever wait for it
         return False
     return True

@@ -162,7 +162,7 @@ def _kvm() -> Iterator[Check]:
     elif verdict is None:
         detail = "/dev/kvm is there, probed at the next boot of a lab"
     else:
-        detail = f"/dev/kvm {verdict.why}"
+        detail = f"/dev/kvm {verdict.why}{'' if verdict.usable else '; TCG is used instead'}"
     yield Check("kvm", "ok", f"{detail} (KERNWEAVE_ACCEL={wanted})")
 
 

@@ -219,7 +219,7 @@ def fetch_headers_tree(kernel: KernelTree, progress: Progress = silent) -> Heade
     """Return the build folder together with the libraries its programs need."""
     if kernel.series == "7.2":
         raise UnsupportedError(
-            "no kmod can be built for kernel 7.2 here: its objtool and modpost want glibc 2.38",
+            "objtool and modpost of kernel 7.2 need glibc 2.38 to build a kmod",
             notes=["the kernel is built with gcc 16"],
             help="use series 6.1 or 6.12",
         )

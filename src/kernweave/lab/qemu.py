@@ -35,6 +35,9 @@ _KERNEL_ARGS = (
     "cryptomgr.notests",  # self-tests of ciphers: a second of every boot
 )
 
+# What a lab has no use for and a boot would probe.
+_MACHINE = "pc,i8042=off,hpet=off,vmport=off"
+
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
@@ -81,6 +84,7 @@ def command_line(
         *("-daemonize", "-pidfile", str(folder / "qemu.pid")),
         *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
         *_accel(hardware),
+        *("-machine", _MACHINE),
         *("-smp", str(hardware.smp), "-m", f"{hardware.memory_mib}M"),
         *("-kernel", str(kernel.vmlinuz), "-initrd", str(initramfs)),
         *("-append", kernel_command_line(hardware)),

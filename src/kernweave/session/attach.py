@@ -21,9 +21,10 @@ from kernweave.model.plan import Plan, Point, Refused, Tactic
 from kernweave.session.attachment import Placed
 from kernweave.session.resolve import Resolved
 from kernweave.splice.layout import COUNTER_BYTES, Site, add_traps, bind, draft
-from kernweave.splice.place import SITE_BYTES, Rules, place
+from kernweave.splice.place import SITE_BYTES, Placement, Rules, place
 from kernweave.x86.decode import ALL_MASK
 
+MAX_TRAPS = 4000
 _PER_CHUNK = uapi.MAX_PERCPU // COUNTER_BYTES
 
 #: changes a plan before it is committed: tests seed faults with it
@@ -54,13 +55,16 @@ def choose(resolved: Resolved, sites: Sites, rules: Rules) -> Choice:
     placement = place(code, rows, sites, rules)
     live = live_before(code, sites)
     refused = list(resolved.refused)
+    too_many = _traps_beyond(placement)
     kept: list[int] = []
     for i, row in enumerate(back.tolist()):
-        reason = placement.reason[row]
+        reason, detail = placement.reason[row], placement.detail[row]
+        if row in too_many:
+            reason, detail = Reason.TOO_SHORT, f"only {MAX_TRAPS:,} points may trap at once"
         if reason is None:
             kept.append(i)
         else:
-            refused.append(Refused(resolved.points[i].text, reason, placement.detail[row]))
+            refused.append(Refused(resolved.points[i].text, reason, detail))
     used = np.unique(back[kept]) if kept else np.zeros(0, np.int64)
     made = [
         _site(code, int(rows[row]), placement.tactic[row], int(live[rows[row]]))
@@ -78,6 +82,12 @@ def choose(resolved: Resolved, sites: Sites, rules: Rules) -> Choice:
         site,
         tuple(refused),
     )
+
+
+def _traps_beyond(placement: Placement) -> set[int]:
+    """Rows that would trap beyond what the kernel bears: it looks kprobes up in 64 lists."""
+    traps = [i for i, tactic in enumerate(placement.tactic) if tactic is Tactic.INT3]
+    return set(traps[MAX_TRAPS:])
 
 
 def _site(code: Code, row: int, tactic: Tactic | None, live: int) -> Site:

@@ -174,7 +174,7 @@ class Resolver:
             self._entry[named.start] = named
             return
         self._full[named.start] = named
-        if spec.offset is None and spec.addr is None and named.start not in self._cold:
+        if named.start not in self._cold:  # its jumps back are branch targets here
             self._cold[named.start] = self._cold_parts(named)
             for cold in self._cold[named.start]:
                 self._full[cold.start] = cold

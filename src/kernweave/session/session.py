@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
 import signal
 import sys
 import threading
@@ -22,7 +23,7 @@ from kernweave.analysis.liveness import live_before
 from kernweave.driver.client import Driver
 from kernweave.driver.records import ExitStatus
 from kernweave.driver.uapi import Fact
-from kernweave.errors import KernweaveError, UsageError
+from kernweave.errors import DriverError, KernweaveError, UsageError
 from kernweave.lab.cache import cache_dir
 from kernweave.model.plan import Tactic
 from kernweave.model.point import parse_point
@@ -46,6 +47,7 @@ Sink = Callable[[bytes], None]
 
 _FTRACE_UPDATE = "ftrace_replace_code"
 _GRACE_S = 5.0
+_TRIES = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,10 +191,13 @@ class Session:
         specs = [parse_point(point) for point in points]
         if not specs:
             raise UsageError("no point given", help="name a function, for instance vfs_read")
-        self._view.refresh()
-        resolved = Resolver(self._view).resolve(specs)
-        rules = rules_for(self._driver.facts.flags, self._tactics(tactics))
-        return resolved, choose(resolved, self._view.sites, rules)
+        for _ in range(_TRIES):
+            self._view.refresh()
+            rules = rules_for(self._driver.facts.flags, self._tactics(tactics))
+            resolved = Resolver(self._view).resolve(specs)
+            if self._view.is_current():
+                return resolved, choose(resolved, self._view.sites, rules)
+        raise DriverError("kprobes come and go too fast to read this kernel's text", errno.EBUSY)
 
     def count(
         self,

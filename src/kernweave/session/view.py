@@ -100,7 +100,7 @@ class KernelView:
         return TableSpans(dict(zip(TABLES, pairs, strict=True)))
 
     def _denied_text(self) -> list[Ranges]:
-        """Stretches given by the linker's symbols, by the kprobe denylist, and by name."""
+        """Stretches given by the linker's symbols and by name."""
         symbols = [name for first, last, _ in TEXT_RANGES for name in (first, last)]
         addrs = self.driver.lookup(symbols)
         found = [
@@ -108,8 +108,6 @@ class KernelView:
             for (_, _, reason), start, end in zip(TEXT_RANGES, addrs[::2], addrs[1::2], strict=True)
             if start and end > start
         ]
-        denied = self.driver.denylist()
-        found.append(make_ranges(Reason.DENYLIST, denied["start"], denied["end"]))
         bounds = [self._kernel.bounds(addr) for addr in self._denied_functions()]
         spans = [span for span in bounds if span]
         found.append(
@@ -127,6 +125,7 @@ class KernelView:
         kmods = driver.kmods()
         self.images = [self._kernel, *(self._kmod_image(row) for row in kmods)]
         kprobes, placed = driver.kprobes(), driver.placed()
+        self._in_use = kprobes.tobytes() + placed.tobytes()
         self._patched = [
             (int(row["addr"]), row["original"][: row["len"]].tobytes())
             for row in (*kprobes, *placed)
@@ -136,10 +135,32 @@ class KernelView:
         self.sites = read_sites(
             driver.read,
             [self._table_spans, *(_kmod_spans(row) for row in kmods)],
-            [*self._static_ranges, _own_text(kmods), *_in_use(kprobes, placed)],
+            [*self._static_ranges, *self._loaded_ranges(kmods), *_in_use(kprobes, placed)],
             (records, self._busy_records(np.setdiff1d(records, ours))),
             _u64([addr for name in RETURN_THUNKS for addr in self._kernel.find(name)]),
         )
+
+    def is_current(self) -> bool:
+        """Whether nobody armed or removed a probe since `refresh`: then the text read is native."""
+        return self.driver.kprobes().tobytes() + self.driver.placed().tobytes() == self._in_use
+
+    def _loaded_ranges(self, kmods: Rows) -> list[Ranges]:
+        """What kmods bring: denylist entries, static-call trampolines, and kernweave's own code."""
+        denied = self.driver.denylist()
+        own = kmods[kmods["name"] == b"kernweave"]
+        spans = [
+            image.bounds(addr)
+            for image in self.images[1:]
+            for name, addrs in image.by_name.items()
+            if name.startswith("__SCT__")
+            for addr in addrs
+        ]
+        calls = _u64([value for span in spans if span for value in span]).reshape(-1, 2)
+        return [
+            make_ranges(Reason.DENYLIST, denied["start"], denied["end"]),
+            make_ranges(Reason.DENYLIST, own["text_start"], own["text_end"]),
+            make_ranges(Reason.STATIC_CALL, calls[:, 0], calls[:, 1]),
+        ]
 
     def _kmod_image(self, row: np.void) -> Symbols:
         key = row.tobytes()
@@ -177,12 +198,6 @@ def _overlay(code: bytes, start: int, addr: int, original: bytes) -> bytes:
         if 0 <= addr + i - start < len(text):
             text[addr + i - start] = byte
     return bytes(text)
-
-
-def _own_text(kmods: Rows) -> Ranges:
-    """The driver's own code: it must not run its own counters while it changes text."""
-    own = kmods[kmods["name"] == b"kernweave"]
-    return make_ranges(Reason.DENYLIST, own["text_start"], own["text_end"])
 
 
 def _in_use(kprobes: Rows, placed: Rows) -> list[Ranges]:

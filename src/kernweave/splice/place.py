@@ -19,6 +19,7 @@ Mask = npt.NDArray[np.bool_]
 Rows = npt.NDArray[np.int64]
 
 SITE_BYTES = 5
+_FILL_BYTES = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +98,7 @@ def _refusals(code: Code, rows: Rows, sites: Sites, rules: Rules) -> list[tuple[
         (Reason.BUG_ENTRY, contains(sites.bugs, addr)),
         (Reason.STI_SHADOW, _follows(code, rows, Trait.SHADOW)),
         (Reason.SWAPGS, _part_has(code, rows, Trait.SWAPGS)),
+        (Reason.DENYLIST, _calls_behind_itself(code, rows)),
         (Reason.NOT_BOUNDARY, flow == Flow.INVALID),
     ]
     if rules.locks_live:
@@ -119,6 +121,14 @@ def _follows(code: Code, rows: Rows, trait: Trait) -> Mask:
     return np.asarray(adjacent & ((code.trait[before] & trait) != 0))
 
 
+def _calls_behind_itself(code: Code, rows: Rows) -> Mask:
+    """Calls that only fill the return predictor: without a real call the mitigation is gone."""
+    end = code.addr[rows] + code.length[rows]
+    target = code.target[rows]
+    near = (target >= end) & (target < end + np.uint64(_FILL_BYTES))
+    return np.asarray((code.flow[rows] == Flow.CALL) & near)
+
+
 def _part_has(code: Code, rows: Rows, trait: Trait) -> Mask:
     """Whether any instruction of the same part has the trait: gs may be foreign all through."""
     marked = np.zeros(len(code.parts), bool)
@@ -134,7 +144,7 @@ def _fits_nop5(code: Code, rows: Rows, sites: Sites) -> Mask:
 
 
 def _fits_jmp32(code: Code, rows: Rows, sites: Sites) -> Mask:
-    """One instruction of five bytes, or a shorter end of flow with dead filler behind it.
+    """One instruction of five bytes, or a shorter end of flow with int3 filler behind it.
 
     Only `call rel32` and calls of a thunk can be displaced without a trampoline address on
     the stack; other far or memory calls cannot.

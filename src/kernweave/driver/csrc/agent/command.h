@@ -106,6 +106,8 @@ static void child(const int *fds, uint32_t flags, const char *cwd, char **argv, 
 	setsid();
 	for (i = 0; i < 3; i++)
 		dup2(fds[i], i);
+	/* now, not at exec, which may take its time: the driver's descriptor is the session */
+	syscall(SYS_close_range, 3, ~0U, 0);
 	if (flags & KW_PTY)
 		ioctl(0, TIOCSCTTY, 0);
 	signal(SIGPIPE, SIG_DFL);
