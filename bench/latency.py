@@ -1,22 +1,29 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""How long a user waits: lab up, a whole count, attach and detach of 5,000 points."""
+"""How long a user waits: lab up, a whole count, attach and detach of 5,000 points.
+
+Points that trap are apart: the kernel arms and removes kprobes one by one.
+"""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from _record import record, summary
 
 import kernweave
 from kernweave.lab.machine import Lab
+from kernweave.model.plan import Tactic
 from kernweave.session.session import Session
 
 _LAB = "bench-latency"
 _POINTS = 5000
 _RUNS = 5
+_JUMPS = [tactic.value for tactic in Tactic if tactic is not Tactic.INT3]
 
 
 def _kernweave(*args: str) -> float:
@@ -36,20 +43,18 @@ def _cold_labs() -> list[float]:
     return times
 
 
-def _attach(session: Session) -> tuple[list[float], list[float], int]:
-    """Seconds to attach and detach at least 5,000 points: entries, blocks, instructions."""
-    points = ("a*", "vfs_*@blocks", "tcp_v4_*@insns")
+def _attach(session: Session, points: Sequence[str], tactics: Sequence[str]) -> dict[str, Any]:
+    """Seconds to attach and to detach all that the tactics can place of some points."""
     attach, detach, placed = [], [], 0
     for _ in range(_RUNS):
         began = time.monotonic()
-        hits = session.count(*points, partial=True)
+        hits = session.count(*points, partial=True, tactics=tactics)
         attach.append(time.monotonic() - began)
         placed = len(hits.placed)
         began = time.monotonic()
         hits.detach()
         detach.append(time.monotonic() - began)
-    assert placed >= _POINTS, placed
-    return attach, detach, placed
+    return {"points": placed, "attach_s": summary(attach), "detach_s": summary(detach)}
 
 
 def main() -> None:
@@ -58,7 +63,10 @@ def main() -> None:
         labs = _cold_labs()
         counts = [_kernweave("count", "vfs_read", "--", "true") for _ in range(_RUNS)]
         with kernweave.connect(f"lab:{_LAB}") as session:
-            attach, detach, placed = _attach(session)
+            # entries, blocks, instructions
+            jumps = _attach(session, ("a*", "vfs_*@blocks", "tcp_v4_*@insns"), _JUMPS)
+            assert jumps["points"] >= _POINTS, jumps["points"]
+            traps = _attach(session, ("vfs_read@insns", "vfs_write@insns"), ["int3"])
             kernel = session.kernel
     finally:
         Lab(_LAB).down()
@@ -68,8 +76,8 @@ def main() -> None:
         {
             "lab_to_first_command_s": summary(labs),
             "count_vfs_read_true_s": summary(counts),
-            "attach_s": summary(attach) | {"points": placed},
-            "detach_s": summary(detach) | {"points": placed},
+            "jumps": jumps,
+            "traps": traps,
         },
     )
 

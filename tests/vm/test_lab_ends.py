@@ -171,14 +171,19 @@ class Terminal:
 
 def test_shell_at_a_terminal_has_keys_jobs_and_leaves_it_as_it_was(lab: Lab) -> None:
     terminal = Terminal(lab)
-    terminal.type("echo rea''dy; cat\n")
-    terminal.until("ready\r\n")
+    terminal.type("PS1='kw''> '; cat\n")
+    terminal.until("cat\r\n")
+    terminal.type("twice\n")
+    terminal.until("twice\r\ntwice\r\n")  # now cat owns the terminal
     terminal.type("\x03")
+    terminal.until("kw> ")  # what is typed before, bash drops
     terminal.type("echo sta''tus $?\n")
     terminal.until("status 130")
-    terminal.type("sleep 300\n")
-    terminal.until("sleep 300\r\n")
+    terminal.type("sh -c \"echo g''o; exec sleep 300\"\n")
+    terminal.until("go\r\n")
     terminal.type("\x1a")
+    terminal.until("kw> ")
+    terminal.type("jobs\n")
     terminal.until("Stopped")
     terminal.type("kill -9 %1; wait; exit 5\n")
     assert terminal.end() == 5

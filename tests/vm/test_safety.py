@@ -54,23 +54,33 @@ def lab(machine: Lab) -> Iterator[Lab]:
     """The lab; after the test its text is what it was, and a new session counts right."""
     before = read_text(machine)
     yield machine
+    while _started:
+        kill(_started.pop())
     assert_exact(machine)
     assert not before.changed(read_text(machine))
     assert not machine.trouble()
 
 
+_started: list[subprocess.Popen[str]] = []
+
+
 def start(lab: Lab, stage: str, *points: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
+    client = subprocess.Popen(
         [sys.executable, str(CLIENT), lab.name, stage, *points],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
     )
+    _started.append(client)
+    return client
 
 
 def kill(client: subprocess.Popen[str]) -> None:
     client.kill()
-    client.communicate(timeout=LONGEST_S)
+    client.wait(LONGEST_S)
+    for pipe in (client.stdin, client.stdout):
+        if pipe is not None:
+            pipe.close()
 
 
 def wait_attached(client: subprocess.Popen[str]) -> None:
@@ -81,7 +91,7 @@ def wait_attached(client: subprocess.Popen[str]) -> None:
 def many(session: Session) -> list[str]:
     """Functions whose instructions make more than 20,000 sites."""
     print("seed", SEED)
-    return [f"{name}@insns" for name in random.Random(SEED).sample(names_of(session)[1], 900)]
+    return [f"{name}@insns" for name in random.Random(SEED).sample(names_of(session)[1], 1300)]
 
 
 # ---- the client --------------------------------------------------------------------------------

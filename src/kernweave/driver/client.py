@@ -83,6 +83,18 @@ class CommitError(DriverError):
         self.index = index
 
 
+class BusyError(DriverError):
+    """Another session is changing this kernel; `pid` is its client's, as that announced it."""
+
+    def __init__(self, pid: int, name: str) -> None:
+        super().__init__(
+            f"another session is changing this kernel: pid {pid} ({name})",
+            errno.EBUSY,
+            help="wait until it ends, or end it",
+        )
+        self.pid = pid
+
+
 def _text(value: bytes) -> str:
     return value.split(b"\0", 1)[0].decode(errors="replace")
 
@@ -152,12 +164,7 @@ class Driver:
     def _fail(self, op: Op, code: int, detail: int, body: memoryview) -> NoReturn:
         if op == Op.HELLO and code == errno.EBUSY and len(body) == uapi.HELLO.itemsize:
             owner = np.frombuffer(body, uapi.HELLO)[0]
-            raise DriverError(
-                "another session is changing this kernel: "
-                f"pid {owner['pid']} ({_text(owner['name'])})",
-                code,
-                help="wait until it ends, or end it",
-            )
+            raise BusyError(int(owner["pid"]), _text(owner["name"]))
         what = f"driver refused {op.name.lower()}: {errno.errorcode.get(code, code)}"
         if op == Op.COMMIT:
             raise CommitError(f"{what} at poke {detail}", code, detail)

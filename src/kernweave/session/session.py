@@ -6,6 +6,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import errno
+import os
 import signal
 import sys
 import threading
@@ -20,7 +21,7 @@ import numpy.typing as npt
 
 from kernweave.analysis.code import Code, Part, build_code
 from kernweave.analysis.liveness import live_before
-from kernweave.driver.client import Driver
+from kernweave.driver.client import BusyError, Driver
 from kernweave.driver.records import ExitStatus
 from kernweave.driver.uapi import Fact
 from kernweave.errors import DriverError, KernweaveError, UsageError
@@ -39,7 +40,7 @@ from kernweave.session.attach import (
 from kernweave.session.attachment import Attachment
 from kernweave.session.resolve import Resolved, Resolver
 from kernweave.session.survey import FunctionInfo, SiteVerdict, list_functions, verdicts
-from kernweave.session.target import open_link
+from kernweave.session.target import AnyLink, open_link
 from kernweave.session.view import KernelView
 from kernweave.splice.hook import bind_hook, hook_row, hook_size
 
@@ -48,6 +49,7 @@ Sink = Callable[[bytes], None]
 _FTRACE_UPDATE = "ftrace_replace_code"
 _GRACE_S = 5.0
 _TRIES = 5
+_LEAVING_S = 15.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +98,7 @@ class Session:
         self._hooked = False
         self._fresh = True
         try:
-            self._driver = Driver(self._link.call, writer=writer)
+            self._driver = _open_driver(self._link, writer)
             self._view = KernelView(self._driver, cache_dir())
         except BaseException:
             self._link.close()
@@ -346,6 +348,28 @@ class Session:
                 time.sleep(max(0.0, min(1.0, left)))
         except KeyboardInterrupt:
             pass
+
+
+def _open_driver(link: AnyLink, writer: bool) -> Driver:
+    """Greet the driver; an owner that was killed in the middle of a request gets time to go."""
+    deadline = time.monotonic() + _LEAVING_S
+    while True:
+        try:
+            return Driver(link.call, writer=writer)
+        except BusyError as error:
+            if _is_alive(error.pid) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _passer(name: str) -> Sink:

@@ -55,10 +55,25 @@ class KernelView:
         self._table_spans = self._kernel_tables()
         self._static_ranges = self._denied_text()
         self._kmods: dict[bytes, Symbols] = {}
-        self.images: list[Symbols] = [self._kernel]
-        self.sites = Sites()
+        self._images: list[Symbols] | None = None
+        self._sites = Sites()
         self._patched: list[tuple[int, bytes]] = []
-        self.refresh()
+        self._in_use = b""
+
+    @property
+    def images(self) -> list[Symbols]:
+        """Symbols of the kernel and then of each kmod."""
+        if self._images is None:
+            self.refresh()
+        assert self._images is not None
+        return self._images
+
+    @property
+    def sites(self) -> Sites:
+        """The kernel's tables about its text, as of the last `refresh`."""
+        if self._images is None:
+            self.refresh()
+        return self._sites
 
     # ---- symbols -------------------------------------------------------------------------------
 
@@ -123,7 +138,7 @@ class KernelView:
         """Read again what changes: kmods, kprobes, ftrace, sites of kernweave."""
         driver = self.driver
         kmods = driver.kmods()
-        self.images = [self._kernel, *(self._kmod_image(row) for row in kmods)]
+        self._images = [self._kernel, *(self._kmod_image(row) for row in kmods)]
         kprobes, placed = driver.kprobes(), driver.placed()
         self._in_use = kprobes.tobytes() + placed.tobytes()
         self._patched = [
@@ -132,7 +147,7 @@ class KernelView:
         ]
         records = driver.ftrace_records()["ip"].astype(np.uint64)
         ours = placed["addr"].astype(np.uint64)
-        self.sites = read_sites(
+        self._sites = read_sites(
             driver.read,
             [self._table_spans, *(_kmod_spans(row) for row in kmods)],
             [*self._static_ranges, *self._loaded_ranges(kmods), *_in_use(kprobes, placed)],
