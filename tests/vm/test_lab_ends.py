@@ -171,10 +171,10 @@ class Terminal:
 
 def test_shell_at_a_terminal_has_keys_jobs_and_leaves_it_as_it_was(lab: Lab) -> None:
     terminal = Terminal(lab)
-    terminal.type("PS1='kw''> '; cat\n")
-    terminal.until("cat\r\n")
-    terminal.type("twice\n")
-    terminal.until("twice\r\ntwice\r\n")  # now cat owns the terminal
+    terminal.type("PS1='kw''> '\n")
+    terminal.until("kw> ")
+    terminal.type("sh -c \"echo g''o; exec cat\"\n")
+    terminal.until("go\r\n")  # now it owns the terminal
     terminal.type("\x03")
     terminal.until("kw> ")  # what is typed before, bash drops
     terminal.type("echo sta''tus $?\n")

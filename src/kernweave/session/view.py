@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +38,18 @@ from kernweave.image.symbols import (
 Addrs = npt.NDArray[np.uint64]
 
 NOP5 = bytes((0x0F, 0x1F, 0x44, 0x00, 0x00))
-_PATCH_BYTES = 16
+_PAGE = 4096
+_STT_FUNC = 2
+_ELF_SYMBOL = np.dtype(
+    [
+        ("name", "<u4"),
+        ("info", "u1"),
+        ("other", "u1"),
+        ("shndx", "<u2"),
+        ("value", "<u8"),
+        ("size", "<u8"),
+    ]
+)
 
 
 def _u64(values: Sequence[int]) -> Addrs:
@@ -94,17 +105,25 @@ class KernelView:
             save_symbols(folder, symbols, facts.text_start)
         return symbols
 
-    def _kmod_symbols(self, row: np.void) -> Symbols:
-        name = bytes(row["name"]).decode()
-        start, end, count = int(row["text_start"]), int(row["text_end"]), int(row["symbols"])
-        dtype = [("name", "<u4"), ("info", "u1"), ("other", "u1"), ("shndx", "<u2")]
-        elf = np.dtype([*dtype, ("value", "<u8"), ("size", "<u8")])
-        table = np.frombuffer(self.driver.read(int(row["symtab"]), count * elf.itemsize), elf)
-        inside = (table["value"] >= start) & (table["value"] < end) & (table["info"] & 15 == 2)
-        table = table[inside]
-        strings = self.driver.read(int(row["strtab"]), int(table["name"].max(initial=0)) + 256)
-        names = [b"t" + strings[at : strings.index(b"\0", at)] for at in table["name"].tolist()]
-        return make_symbols(name, table["value"].astype(np.uint64), names, start, end)
+    def _learn_kmods(self, kmods: Rows) -> None:
+        """Read the symbols of kmods not seen before, all of them in two requests."""
+        new = kmods[[row.tobytes() not in self._kmods for row in kmods]]
+        if not len(new):
+            return
+        sizes = new["symbols"] * np.uint64(_ELF_SYMBOL.itemsize)
+        tables = self._read_many(new["symtab"], new["symtab"] + sizes)
+        rows = [np.frombuffer(table, _ELF_SYMBOL) for table in tables]
+        # nothing says where the strings end; the page in which the last one begins is there
+        last = new["strtab"] + _u64([int(row["name"].max(initial=0)) for row in rows])
+        strings = self._read_many(new["strtab"], (last | np.uint64(_PAGE - 1)) + np.uint64(1))
+        for kmod, table, text in zip(new, rows, strings, strict=True):
+            self._kmods[kmod.tobytes()] = _kmod_symbols(kmod, table, text)
+
+    def _read_many(self, starts: Addrs, ends: Addrs) -> list[bytes]:
+        """Bytes of many ranges, one request for all."""
+        data = self.driver.read_ranges(starts, ends)
+        cuts = np.concatenate(([0], np.cumsum((ends - starts).astype(np.int64)))).tolist()
+        return [data[a:b] for a, b in itertools.pairwise(cuts)]
 
     # ---- tables --------------------------------------------------------------------------------
 
@@ -138,7 +157,9 @@ class KernelView:
         """Read again what changes: kmods, kprobes, ftrace, sites of kernweave."""
         driver = self.driver
         kmods = driver.kmods()
-        self._images = [self._kernel, *(self._kmod_image(row) for row in kmods)]
+        self._learn_kmods(kmods)
+        self._images = [self._kernel, *(self._kmods[row.tobytes()] for row in kmods)]
+        images = [self._table_spans, *(_kmod_spans(row) for row in kmods)]
         kprobes, placed = driver.kprobes(), driver.placed()
         self._in_use = kprobes.tobytes() + placed.tobytes()
         self._patched = [
@@ -148,8 +169,8 @@ class KernelView:
         records = driver.ftrace_records()["ip"].astype(np.uint64)
         ours = placed["addr"].astype(np.uint64)
         self._sites = read_sites(
-            driver.read,
-            [self._table_spans, *(_kmod_spans(row) for row in kmods)],
+            self._prefetch(images),
+            images,
             [*self._static_ranges, *self._loaded_ranges(kmods), *_in_use(kprobes, placed)],
             (records, self._busy_records(np.setdiff1d(records, ours))),
             _u64([addr for name in RETURN_THUNKS for addr in self._kernel.find(name)]),
@@ -177,11 +198,13 @@ class KernelView:
             make_ranges(Reason.STATIC_CALL, calls[:, 0], calls[:, 1]),
         ]
 
-    def _kmod_image(self, row: np.void) -> Symbols:
-        key = row.tobytes()
-        if key not in self._kmods:
-            self._kmods[key] = self._kmod_symbols(row)
-        return self._kmods[key]
+    def _prefetch(self, images: Sequence[TableSpans]) -> Callable[[int, int], bytes]:
+        """Read all tables at once; the result hands them out one by one."""
+        spans = [span for image in images for span in image.spans.values() if span[1] > span[0]]
+        pairs = _u64([value for span in spans for value in span]).reshape(-1, 2)
+        tables = self._read_many(pairs[:, 0], pairs[:, 1])
+        found = {start: table for (start, _), table in zip(spans, tables, strict=True)}
+        return lambda start, size: found[start][:size]
 
     def _busy_records(self, records: Addrs) -> Addrs:
         """Ftrace sites that do not hold their nop: ftrace, BPF or livepatch uses them."""
@@ -197,14 +220,21 @@ class KernelView:
         """Native bytes of many ranges: what kprobes and kernweave changed is put back."""
         if not len(starts):
             return []
-        data = self.driver.read_ranges(starts, ends)
-        cuts = np.concatenate(([0], np.cumsum((ends - starts).astype(np.int64)))).tolist()
-        parts = [data[a:b] for a, b in itertools.pairwise(cuts)]
+        parts = self._read_many(starts, ends)
         for addr, original in self._patched:
             hit = (starts < np.uint64(addr + len(original))) & (ends > np.uint64(addr))
             for row in np.flatnonzero(hit).tolist():
                 parts[row] = _overlay(parts[row], int(starts[row]), addr, original)
         return parts
+
+
+def _kmod_symbols(kmod: np.void, table: Rows, strings: bytes) -> Symbols:
+    start, end = int(kmod["text_start"]), int(kmod["text_end"])
+    inside = (table["value"] >= start) & (table["value"] < end) & (table["info"] & 15 == _STT_FUNC)
+    table = table[inside]
+    names = [b"t" + strings[at:].split(b"\0", 1)[0] for at in table["name"].tolist()]
+    addrs = table["value"].astype(np.uint64)
+    return make_symbols(bytes(kmod["name"]).decode(), addrs, names, start, end)
 
 
 def _overlay(code: bytes, start: int, addr: int, original: bytes) -> bytes:
