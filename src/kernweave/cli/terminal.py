@@ -87,7 +87,7 @@ def _raw_mode() -> Iterator[None]:
         tty.setraw(0, termios.TCSADRAIN)  # what was typed already is kept
         yield
     finally:
-        termios.tcsetattr(0, termios.TCSADRAIN, before)
+        termios.tcsetattr(0, termios.TCSANOW, before)  # a drain may wait for ever
         for signo, handler in handlers.items():
             signal.signal(signo, handler)
 
