@@ -36,6 +36,7 @@ def test_checks_come_in_the_order_of_need() -> None:
     assert list(by_name()) == [
         *("python", "apt-get", "dpkg-deb", "gcc", "ld", "make", "static libc", "cache", "mirror"),
         *("kernel 6.1", "kernel 6.12", "kernel 7.2", "qemu", "driver build", "kvm", "lab"),
+        *("local driver", "local lockdown", "local kmod signing", "local tracers"),
     ]
 
 
@@ -63,7 +64,7 @@ def test_empty_path_needs_no_program(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr(subprocess, "Popen", refuse)
-    assert len(by_name()) == 16
+    assert len(by_name()) == 20
 
 
 def test_nothing_fetched_is_ok_with_a_mirror_and_nothing_is_made(machine: Path) -> None:

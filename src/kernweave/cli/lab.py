@@ -13,11 +13,11 @@ import click
 
 from kernweave.cli.output import print_json, print_table, print_warning, progress
 from kernweave.cli.terminal import run_piped, run_terminal
-from kernweave.errors import UnsupportedError, UsageError
+from kernweave.errors import UsageError
 from kernweave.lab.machine import Lab, Status
 from kernweave.lab.packages import KERNEL_SERIES, fetched_kernel
 from kernweave.lab.state import lab_names
-from kernweave.session.target import driver_kmod, lab_name
+from kernweave.session.target import boot_lab, lab_name
 
 _FOLLOW_S = 0.1
 _json = click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
@@ -42,22 +42,6 @@ def _name(obj: dict[str, Any], name: str | None) -> str:
     return name or lab_name(obj["target"])
 
 
-def _boot(name: str, series: str | None = None) -> Lab:
-    """The lab of that name, booted if it does not run; without the driver if it has none."""
-    machine = Lab(name, series)
-    if machine.running():
-        machine.up(progress=progress)  # refuses if it runs another kernel
-        return machine
-    try:
-        kmod = driver_kmod(machine.series, progress)
-    except UnsupportedError as error:
-        why = f"the driver cannot be built for {machine.series}: {error.message}"
-        machine.up(no_driver=why, progress=progress)
-    else:
-        machine.up(kmod=kmod, progress=progress)
-    return machine
-
-
 @lab.command()
 @_named
 @click.option("--kernel", type=click.Choice(KERNEL_SERIES), help="Series of the stock kernel.")
@@ -66,7 +50,7 @@ def _boot(name: str, series: str | None = None) -> Lab:
 def up(obj: dict[str, Any], name: str | None, kernel: str | None, as_json: bool) -> None:
     """Boot the lab unless it runs; NAME defaults to the kernel."""
     began = time.monotonic()
-    machine = _boot(name or kernel or lab_name(obj["target"]), kernel)
+    machine = boot_lab(name or kernel or lab_name(obj["target"]), progress, kernel)
     found = machine.status()
     state = found.state
     assert state is not None
@@ -188,7 +172,7 @@ def exec_(obj: dict[str, Any], name: str | None) -> int:
     """Run a command in the lab: kernweave lab exec -- CMD..."""
     if not obj["command"]:
         raise UsageError("no command given", help="kernweave lab exec -- uname -a")
-    with _boot(_name(obj, name)).connect() as link:
+    with boot_lab(_name(obj, name), progress).connect() as link:
         return run_piped(link, obj["command"], stdin=False)
 
 
@@ -198,7 +182,7 @@ def exec_(obj: dict[str, Any], name: str | None) -> int:
 def shell(obj: dict[str, Any], name: str | None) -> int:
     """Work in the lab: a shell at this terminal, or one that reads commands from stdin."""
     program = shutil.which("bash") or "sh"
-    with _boot(_name(obj, name)).connect() as link:
+    with boot_lab(_name(obj, name), progress).connect() as link:
         if os.isatty(0):
             return run_terminal(link, [program, "-i"])
         return run_piped(link, [program, "-s"], stdin=True)

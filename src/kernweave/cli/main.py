@@ -27,6 +27,7 @@ _LATER = (
     "analyze", "callees", "callers", "query", "run", "time", "trace",
 )  # fmt: skip
 
+_DEBUG = "--debug"
 _EPILOG = """\b
 Examples:
   kernweave count vfs_read -- dd if=/dev/zero of=/dev/null count=1000
@@ -83,6 +84,7 @@ def split_command(argv: list[str]) -> tuple[list[str], list[str] | None]:
 def run() -> NoReturn:
     """Parse, run, and turn every error into one message and an exit status."""
     own, command = split_command(sys.argv[1:])
+    own = [word for word in own if word != _DEBUG]  # accepted anywhere
     status = 0
     failed = 125 if command is not None else None
     try:
@@ -115,7 +117,7 @@ def run() -> NoReturn:
 
 
 def _maybe_raise() -> None:
-    if "--debug" in sys.argv:
+    if _DEBUG in split_command(sys.argv[1:])[0]:
         raise
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kernweave.errors import KernweaveError
+from kernweave.lab import this_machine
 from kernweave.lab.accel import cached_verdict, kvm_accessible, wanted_accel
 from kernweave.lab.apt import CODENAME, debian_sources, machine_sources
 from kernweave.lab.cache import cache_dir
@@ -162,7 +163,8 @@ def _kvm() -> Iterator[Check]:
     elif verdict is None:
         detail = "/dev/kvm is there, probed at the next boot of a lab"
     else:
-        detail = f"/dev/kvm {verdict.why}{'' if verdict.usable else '; TCG is used instead'}"
+        why = verdict.why.partition(":")[0]
+        detail = f"/dev/kvm {why}{'' if verdict.usable else '; TCG is used instead'}"
     yield Check("kvm", "ok", f"{detail} (KERNWEAVE_ACCEL={wanted})")
 
 
@@ -176,6 +178,19 @@ def _lab() -> Iterator[Check]:
     yield Check("lab", "ok", f"running: {', '.join(running)}" if running else "none is running")
 
 
+def _local() -> Iterator[Check]:
+    """This machine's own kernel: what `--target local` would meet; nothing of it is needed."""
+    state = this_machine.read_state()
+    yield Check("local driver", "ok", f"{state.driver} (only --target local needs it)")
+    yield Check("local lockdown", "ok", _judged(state.lockdown, "none", "local is refused"))
+    yield Check("local kmod signing", "ok", state.signing)
+    yield Check("local tracers", "ok", state.tracers)
+
+
+def _judged(value: str, good: str, otherwise: str) -> str:
+    return value if value.startswith(good) else f"{value}: {otherwise}"
+
+
 _GROUPS: tuple[tuple[str, Callable[[], Iterator[Check]]], ...] = (
     ("python", _python),
     ("host tools", _tools),
@@ -186,4 +201,5 @@ _GROUPS: tuple[tuple[str, Callable[[], Iterator[Check]]], ...] = (
     ("driver build", _driver),
     ("kvm", _kvm),
     ("lab", _lab),
+    ("local", _local),
 )

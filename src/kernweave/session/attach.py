@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from kernweave.analysis.liveness import live_before
 from kernweave.driver import uapi
 from kernweave.driver.client import Area, Chunk, CommitError, Driver
 from kernweave.driver.uapi import Fact
-from kernweave.errors import Reason, RefusedError
+from kernweave.errors import KernweaveError, Reason, RefusedError
 from kernweave.image.sites import Sites
 from kernweave.model.plan import Plan, Point, Refused, Tactic
 from kernweave.session.attachment import Placed
@@ -25,6 +26,7 @@ from kernweave.splice.place import SITE_BYTES, Placement, Rules, place
 from kernweave.x86.decode import ALL_MASK
 
 MAX_TRAPS = 4000
+_TRAPS_AT_ONCE = 64
 _PER_CHUNK = uapi.MAX_PERCPU // COUNTER_BYTES
 
 #: changes a plan before it is committed: tests seed faults with it
@@ -162,7 +164,7 @@ def commit(driver: Driver, choice: Choice, amend: Amend | None = None) -> Placed
     traps = choice.sites[len(jumps) :]
     layout = draft(jumps)
     area = driver.area(max(layout.size, 1))
-    trap_set = None
+    trap_sets: list[int] = []
     try:
         chunks = _alloc_counters(driver, area, len(choice.sites))
         offsets = np.concatenate(
@@ -171,15 +173,15 @@ def commit(driver: Driver, choice: Choice, amend: Amend | None = None) -> Placed
         plan = add_traps(bind(layout, area.addr, offsets[: len(jumps)]), traps)
         if amend:
             plan = amend(plan)
-        trap_set, failed = _arm(driver, area, plan, chunks)
+        failed = _arm(driver, area, plan, chunks, trap_sets)
         txn = _write(driver, area, plan) if jumps else None
     except CommitError as error:
-        _drop(driver, area, trap_set)
+        _drop(driver, area, trap_sets)
         raise _explain(error, choice) from error
     except BaseException:
-        _drop(driver, area, trap_set)
+        _drop(driver, area, trap_sets)
         raise
-    placed = Placed(choice.points, choice.site, plan, area, tuple(chunks), txn, trap_set)
+    placed = Placed(choice.points, choice.site, plan, area, tuple(chunks), txn, tuple(trap_sets))
     return _without(placed, failed)
 
 
@@ -190,18 +192,35 @@ def _write(driver: Driver, area: Area, plan: Plan) -> int:
 
 
 def _arm(
-    driver: Driver, area: Area, plan: Plan, chunks: Sequence[tuple[Chunk, int]]
-) -> tuple[int | None, dict[int, int]]:
-    """Arm the traps; the set's number and the errno of each site that the kernel refused."""
-    rows = np.arange(plan.jumps, len(plan.addr))
-    if not len(rows):
-        return None, {}
-    traps = np.zeros(len(rows), uapi.TRAP)
-    traps["addr"] = plan.addr[rows]
-    traps["chunk"] = [chunks[row // _PER_CHUNK][0].index for row in rows.tolist()]
-    traps["off"] = rows % _PER_CHUNK * COUNTER_BYTES
-    trap_set, status = driver.arm(area, traps)
-    return trap_set, {int(rows[i]): -int(status[i]) for i in np.flatnonzero(status)}
+    driver: Driver,
+    area: Area,
+    plan: Plan,
+    chunks: Sequence[tuple[Chunk, int]],
+    trap_sets: list[int],
+) -> dict[int, int]:
+    """Arm the traps, a few per request: each takes milliseconds of the guest's time.
+
+    Args:
+        driver: the session's.
+        area: holds the counters.
+        plan: whose last sites trap.
+        chunks: the counters.
+        trap_sets: receives the sets' numbers as they are armed, so that a failure can undo them.
+
+    Returns:
+        The errno of each site that the kernel refused, by its row in the plan.
+    """
+    failed: dict[int, int] = {}
+    for first in range(plan.jumps, len(plan.addr), _TRAPS_AT_ONCE):
+        rows = np.arange(first, min(first + _TRAPS_AT_ONCE, len(plan.addr)))
+        traps = np.zeros(len(rows), uapi.TRAP)
+        traps["addr"] = plan.addr[rows]
+        traps["chunk"] = [chunks[row // _PER_CHUNK][0].index for row in rows.tolist()]
+        traps["off"] = rows % _PER_CHUNK * COUNTER_BYTES
+        number, status = driver.arm(area, traps)
+        trap_sets.append(number)
+        failed |= {int(rows[i]): -int(status[i]) for i in np.flatnonzero(status)}
+    return failed
 
 
 def _without(placed: Placed, failed: dict[int, int]) -> Placed:
@@ -243,12 +262,16 @@ def _alloc_counters(driver: Driver, area: Area, count: int) -> list[tuple[Chunk,
     return [(driver.percpu(area, size), size) for size in sizes]
 
 
-def _drop(driver: Driver, area: Area, trap_set: int | None) -> None:
-    """Free an area whose commit failed; tasks may have been inside."""
-    if trap_set is not None:
-        driver.disarm(trap_set)
-    driver.quiesce()
-    driver.free(area)
+def _drop(driver: Driver, area: Area, trap_sets: Sequence[int]) -> None:
+    """Free an area whose commit failed; tasks may have been inside.
+
+    The session's end does the same, so a second failure must not hide the first.
+    """
+    with contextlib.suppress(KernweaveError):
+        for number in trap_sets:
+            driver.disarm(number)
+        driver.quiesce()
+        driver.free(area)
 
 
 def _explain(error: CommitError, choice: Choice) -> Exception:

@@ -48,7 +48,7 @@ class Placed:
         area: where the trampolines are.
         chunks: the counters, in order, and the bytes in use of each.
         txn: the driver's transaction, None without jumps.
-        trap_set: the driver's set of kprobes, None without traps.
+        trap_sets: the driver's sets of kprobes, in the order of the plan's traps.
         refused: points whose kprobe the kernel refused.
     """
 
@@ -58,7 +58,7 @@ class Placed:
     area: Area
     chunks: tuple[tuple[Chunk, int], ...]
     txn: int | None
-    trap_set: int | None = None
+    trap_sets: tuple[int, ...] = ()
     refused: tuple[Refused, ...] = ()
 
 
@@ -131,8 +131,9 @@ class Attachment:
         self._duration_ns = self.duration_ns
         driver, inside = self._driver, self._inside
         self._undo_jumps()
-        if inside.trap_set is not None:
-            self._missed[self.plan.jumps :] = driver.disarm(inside.trap_set)
+        missed = [driver.disarm(number) for number in inside.trap_sets]
+        if missed:
+            self._missed[self.plan.jumps :] = np.concatenate(missed)
         driver.quiesce()
         self._hits = self._read()
         self.text_restored = not self.unrestored and self._traps_are_gone()

@@ -43,11 +43,25 @@ def driver_kmod(series: str, progress: Progress, cflags: tuple[str, ...] = ()) -
         return build_kmod(kernel, sources, cflags=cflags, progress=progress)
 
 
-def boot_lab(name: str, progress: Progress) -> Lab:
-    """The lab of that name, booted with this kernweave's driver if it does not run yet."""
-    lab = Lab(name)
-    if not lab.running():
-        lab.up(kmod=driver_kmod(lab.series, progress), progress=progress)
+def boot_lab(name: str, progress: Progress, kernel: str | None = None) -> Lab:
+    """The lab of that name, booted with this kernweave's driver if it does not run yet.
+
+    A kernel for which the driver cannot be built boots without; its sessions are told why.
+
+    Raises:
+        UsageError: it runs another kernel than `kernel`.
+    """
+    lab = Lab(name, kernel)
+    if lab.running():
+        lab.up(progress=progress)
+        return lab
+    try:
+        kmod = driver_kmod(lab.series, progress)
+    except UnsupportedError as error:
+        why = f"the driver cannot be built for {lab.series}: {error.message}"
+        lab.up(no_driver=why, progress=progress)
+    else:
+        lab.up(kmod=kmod, progress=progress)
     return lab
 
 
