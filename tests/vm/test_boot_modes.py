@@ -31,13 +31,15 @@ class Mode:
 
 
 MODES = (
-    Mode("default", ()),
     Mode("nokaslr", ("nokaslr",)),
     Mode("preempt-full", ("preempt=full",)),
-    Mode("preempt-none", ("preempt=none",)),
     Mode("one-cpu", (), smp=1),
     Mode("one-of-two-cpus", ("maxcpus=1",), refused=(Reason.LOCK_PREFIX,)),
     Mode("mitigations-off", ("mitigations=off",)),
+)
+#: run by tests/stress
+MORE_MODES = (
+    Mode("preempt-none", ("preempt=none",)),
     Mode("retbleed-unret", ("retbleed=unret",)),
     Mode("lockstep-idle", ("idle=poll",)),
 )
@@ -45,6 +47,10 @@ MODES = (
 
 @pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.name)
 def test_boot_mode_counts_and_restores(mode: Mode) -> None:
+    check_mode(mode)
+
+
+def check_mode(mode: Mode) -> None:
     with booted(f"boot-{mode.name}", smp=mode.smp, kernel_args=mode.args) as lab:
         before = read_text(lab)
         assert_exact(lab)
