@@ -53,7 +53,7 @@ TABLES = {
     "bugs": ("__start___bug_table", "__stop___bug_table"),
 }
 
-#: bytes of one row; the driver reports the kernel's own sizes, which must agree
+#: bytes of one row; the driver reports the kernel's own sizes too (not compared yet)
 ROW_BYTES = {"jump_labels": 16, "static_calls": 8, "exceptions": 12, "bugs": 12}
 
 _NONE: Addrs = np.zeros(0, np.uint64)
