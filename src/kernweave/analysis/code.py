@@ -10,7 +10,8 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from kernweave.image.sites import Sites, contains
+from kernweave.analysis.lookup import RowIndex
+from kernweave.image.sites import Sites
 from kernweave.x86.decode import Decoded, Flow, Trait, decode
 
 Mask = npt.NDArray[np.bool_]
@@ -91,12 +92,12 @@ class Code:
 
     def rows_at(self, addrs: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
         """int64[m]: row of the instruction that starts at each address, -1 if none does."""
-        order = np.argsort(self.addr, kind="stable")
-        ordered = self.addr[order]
-        if not len(order):
-            return np.full(len(addrs), -1)
-        at = np.minimum(np.searchsorted(ordered, addrs), len(order) - 1)
-        return np.where(ordered[at] == addrs, order[at], -1)
+        return self.index.rows(addrs)
+
+    @cached_property
+    def index(self) -> RowIndex:
+        """Finds rows by address."""
+        return RowIndex(self.addr)
 
     def raw(self, row: int) -> bytes:
         """The bytes of one instruction."""
@@ -109,12 +110,13 @@ def build_code(parts: Sequence[Part], sites: Sites) -> Code:
     """Decode parts, find their blocks, leave their padding out."""
     columns = decode((part.start, part.code) for part in parts)
     part, addr = columns.stretch, columns.addr
-    targeted = contains(_targets(columns, sites), addr)
+    index = RowIndex(addr)
+    jumps = columns.target[np.isin(columns.flow, (Flow.JUMP, Flow.BRANCH))]
+    targeted = index.mark(jumps, sites.jump_targets, sites.fixups)
     first = np.ones(len(part), bool)
     first[1:] = part[1:] != part[:-1]
-    protected = _is_table_row(addr, sites)
-    keep = ~_padding(columns, targeted | protected, first)
-    leader = _leaders(columns, targeted | first, keep, sites)
+    keep = ~_padding(columns, targeted | _is_table_row(index, sites), first)
+    leader = _leaders(columns, targeted | first, keep, index.mark(sites.jump_labels))
     rows = np.flatnonzero(keep)
     return Code(
         parts=tuple(parts),
@@ -130,13 +132,6 @@ def build_code(parts: Sequence[Part], sites: Sites) -> Code:
         room=_room(columns, keep)[rows],
         return_thunks=sites.return_thunks,
     )
-
-
-def _targets(columns: Decoded, sites: Sites) -> npt.NDArray[np.uint64]:
-    """Every address a branch, a jump label or a fault may lead to, ascending."""
-    jumps = np.isin(columns.flow, (Flow.JUMP, Flow.BRANCH))
-    found = (columns.target[jumps], sites.jump_targets, sites.fixups)
-    return np.unique(np.concatenate(found))
 
 
 def _padding(columns: Decoded, targeted: Mask, first: Mask) -> Mask:
@@ -156,8 +151,8 @@ def _padding(columns: Decoded, targeted: Mask, first: Mask) -> Mask:
     return np.asarray(filler & (int3 | dead_run[np.maximum(run, 0)]))
 
 
-def _leaders(columns: Decoded, starts: Mask, keep: Mask, sites: Sites) -> Mask:
-    ends = np.isin(columns.flow, _ENDS_BLOCK) | contains(sites.jump_labels, columns.addr)
+def _leaders(columns: Decoded, starts: Mask, keep: Mask, labels: Mask) -> Mask:
+    ends = np.isin(columns.flow, _ENDS_BLOCK) | labels
     after = np.zeros(len(ends), bool)
     after[1:] = ends[:-1]
     # padding between a jump and its successor does not hide the leader
@@ -167,10 +162,11 @@ def _leaders(columns: Decoded, starts: Mask, keep: Mask, sites: Sites) -> Mask:
     return np.asarray((starts | after | gap) & keep)
 
 
-def _is_table_row(addr: npt.NDArray[np.uint64], sites: Sites) -> Mask:
+def _is_table_row(index: RowIndex, sites: Sites) -> Mask:
     """Whether the kernel itself may rewrite or look for an instruction: then it is no filler."""
-    tables = (sites.jump_labels, sites.static_calls, sites.ftrace, sites.exceptions, sites.bugs)
-    return np.asarray(np.logical_or.reduce([contains(table, addr) for table in tables]))
+    return index.mark(
+        sites.jump_labels, sites.static_calls, sites.ftrace, sites.exceptions, sites.bugs
+    )
 
 
 def _room(columns: Decoded, keep: Mask) -> npt.NDArray[np.uint8]:

@@ -1,56 +1,39 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Machine code to columns: lengths, flow, targets, registers and flags read and written."""
+"""Machine code to columns: lengths, flow, targets, registers and flags read and written.
+
+Lengths come from the decoder, one instruction after the other; all else is looked up.  What an
+instruction does depends on its *shape*: its bytes without displacement and immediate.  A kernel
+has millions of instructions and some ten thousand shapes.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from enum import IntEnum, IntFlag
-from functools import cache
+from operator import attrgetter
 
 import iced_x86 as iced
 import numpy as np
 import numpy.typing as npt
 
-#: bit 0..15 of a mask: registers in encoding order; bit 16..21: status flags
-REG_NAMES = (
-    "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi",
-    "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15",
-)  # fmt: skip
-FLAG_NAMES = ("of", "sf", "zf", "af", "cf", "pf")
-FLAGS_SHIFT = 16
-REGS_MASK = 0xFFFF
-FLAGS_MASK = 0x3F << FLAGS_SHIFT
-ALL_MASK = REGS_MASK | FLAGS_MASK
+from kernweave.x86.effect import (
+    ALL_MASK,
+    FLAG_NAMES,
+    FLAGS_MASK,
+    FLAGS_SHIFT,
+    REG_NAMES,
+    REGS_MASK,
+    Effect,
+    Flow,
+    Trait,
+    effect_of,
+)
+from kernweave.x86.shape import distinct, read_signed, shapes, words
 
-
-class Flow(IntEnum):
-    """How an instruction continues."""
-
-    NEXT = 0
-    JUMP = 1
-    BRANCH = 2  # conditional
-    CALL = 3
-    RETURN = 4
-    INDIRECT_JUMP = 5
-    INDIRECT_CALL = 6
-    TRAP = 7  # ud2, int3: a handler decides
-    LEAVE = 8  # iret, sysret and what else leaves for good
-    INVALID = 9
-
-
-class Trait(IntFlag):
-    """Properties that decide whether an instruction may be displaced."""
-
-    NOP = 1
-    INT3 = 2
-    ENDBR = 4
-    LOCK = 8  # a lock prefix, or the one that replaces it on one CPU
-    SHADOW = 16  # sti, mov ss, pop ss: the next instruction is special
-    SWAPGS = 32  # changes the gs base
-    RIP = 64  # rip-relative memory operand
-    POPF = 128
-    UD2 = 256
+__all__ = [
+    "ALL_MASK", "FLAGS_MASK", "FLAGS_SHIFT", "FLAG_NAMES", "REGS_MASK", "REG_NAMES",
+    "Decoded", "Flow", "Trait", "decode",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -66,6 +49,10 @@ class Decoded:
         reads: uint32[n], mask of registers and flags read.
         writes: uint32[n], mask of registers and flags overwritten whatever happens.
         target: uint64[n], run-time address of a direct branch or call, else 0.
+        disp: uint8[n], where in the instruction a memory operand's displacement is, 0: none.
+        disp_size: uint8[n], its bytes.
+        imm: uint8[n], where the last immediate or the branch displacement is, 0: none.
+        imm_size: uint8[n], its bytes.
     """
 
     stretch: npt.NDArray[np.int32]
@@ -76,140 +63,24 @@ class Decoded:
     reads: npt.NDArray[np.uint32]
     writes: npt.NDArray[np.uint32]
     target: npt.NDArray[np.uint64]
+    disp: npt.NDArray[np.uint8]
+    disp_size: npt.NDArray[np.uint8]
+    imm: npt.NDArray[np.uint8]
+    imm_size: npt.NDArray[np.uint8]
 
-
-_FLOW = {
-    iced.FlowControl.NEXT: Flow.NEXT,
-    iced.FlowControl.UNCONDITIONAL_BRANCH: Flow.JUMP,
-    iced.FlowControl.CONDITIONAL_BRANCH: Flow.BRANCH,
-    iced.FlowControl.CALL: Flow.CALL,
-    iced.FlowControl.RETURN: Flow.RETURN,
-    iced.FlowControl.INDIRECT_BRANCH: Flow.INDIRECT_JUMP,
-    iced.FlowControl.INDIRECT_CALL: Flow.INDIRECT_CALL,
-    iced.FlowControl.INTERRUPT: Flow.TRAP,
-    iced.FlowControl.EXCEPTION: Flow.TRAP,
-    iced.FlowControl.XBEGIN_XABORT_XEND: Flow.LEAVE,
-}
-_LEAVING = {
-    iced.Mnemonic.IRET, iced.Mnemonic.IRETD, iced.Mnemonic.IRETQ, iced.Mnemonic.SYSRET,
-    iced.Mnemonic.SYSRETQ, iced.Mnemonic.SYSEXIT, iced.Mnemonic.SYSEXITQ,
-}  # fmt: skip
-#: their destination or flags stay as they were when the count or source is zero
-_MAY_KEEP_FLAGS = {
-    iced.Mnemonic.SHL, iced.Mnemonic.SHR, iced.Mnemonic.SAR, iced.Mnemonic.SAL,
-    iced.Mnemonic.ROL, iced.Mnemonic.ROR, iced.Mnemonic.RCL, iced.Mnemonic.RCR,
-    iced.Mnemonic.SHLD, iced.Mnemonic.SHRD,
-}  # fmt: skip
-_MAY_KEEP_DEST = {iced.Mnemonic.BSF, iced.Mnemonic.BSR}
-_NOPS = {iced.Mnemonic.NOP, iced.Mnemonic.FNOP}
-
-_READS = {
-    iced.OpAccess.READ,
-    iced.OpAccess.COND_READ,
-    iced.OpAccess.READ_WRITE,
-    iced.OpAccess.READ_COND_WRITE,
-    iced.OpAccess.COND_WRITE,  # what it does not write shows through
-}
-_KILLS = {iced.OpAccess.WRITE, iced.OpAccess.READ_WRITE}
-_info = iced.InstructionInfoFactory()
-
-
-@cache
-def _register(number: int) -> tuple[int, int]:
-    """(bit, bytes) of a general register, (-1, 0) of any other."""
-    register: iced.Register_ = number  # type: ignore[assignment]
-    full = iced.RegisterExt.full_register(register)
-    first = iced.Register.RAX
-    if not first <= full < first + 16:
-        return -1, 0
-    return full - first, iced.RegisterExt.size(register)
-
-
-def _register_masks(ins: iced.Instruction) -> tuple[int, int]:
-    reads = writes = 0
-    for used in _info.info(ins).used_registers():
-        bit, size = _register(used.register)
-        if bit < 0:
-            continue
-        if used.access in _READS or (used.access in _KILLS and size < 4):
-            reads |= 1 << bit
-        if used.access in _KILLS and size >= 4:
-            writes |= 1 << bit
-    return reads, writes
-
-
-def _masks(ins: iced.Instruction) -> tuple[int, int]:
-    reads, writes = _register_masks(ins)
-    repeats = ins.has_rep_prefix or ins.has_repne_prefix
-    reads |= (ins.rflags_read & 0x3F) << FLAGS_SHIFT
-    variable = ins.mnemonic in _MAY_KEEP_FLAGS and ins.op_count > 1
-    if not repeats and not variable:
-        writes |= (ins.rflags_modified & 0x3F) << FLAGS_SHIFT
-    if ins.mnemonic in _MAY_KEEP_DEST or repeats:
-        reads |= writes & REGS_MASK
-        writes &= ~REGS_MASK
-    return reads, writes
-
-
-def _traits(ins: iced.Instruction, code: bytes) -> int:
-    trait = 0
-    mnemonic = ins.mnemonic
-    if mnemonic in _NOPS:
-        trait |= Trait.NOP
-    if mnemonic == iced.Mnemonic.INT3:
-        trait |= Trait.INT3
-    if mnemonic == iced.Mnemonic.ENDBR64:
-        trait |= Trait.ENDBR
-    if ins.has_lock_prefix or code[0] == 0x3E:
-        trait |= Trait.LOCK
-    writes_ss = ins.op_count and ins.op0_register == iced.Register.SS
-    if mnemonic == iced.Mnemonic.STI or (
-        writes_ss and mnemonic in (iced.Mnemonic.MOV, iced.Mnemonic.POP)
-    ):
-        trait |= Trait.SHADOW
-    writes_gs = ins.op_count and ins.op0_register == iced.Register.GS
-    if mnemonic == iced.Mnemonic.SWAPGS or (writes_gs and mnemonic == iced.Mnemonic.MOV):
-        trait |= Trait.SWAPGS
-    if ins.is_ip_rel_memory_operand:
-        trait |= Trait.RIP
-    if mnemonic in (iced.Mnemonic.POPFQ, iced.Mnemonic.POPF):
-        trait |= Trait.POPF
-    if mnemonic == iced.Mnemonic.UD2:
-        trait |= Trait.UD2
-    return trait
-
-
-#: length, flow, trait, reads, writes, and the distance of a direct target from the next
-#: instruction: all of it depends on the bytes alone
-Row = tuple[int, int, int, int, int, int]
 
 _TARGETED = (Flow.JUMP, Flow.BRANCH, Flow.CALL)
+_length = attrgetter("len")
+
+#: shapes seen before: their bytes to what they do
+_known: dict[bytes, Effect] = {}
 
 
-def _row(ins: iced.Instruction, code: bytes) -> Row:
-    if ins.is_invalid:
-        return ins.len, Flow.INVALID, 0, ALL_MASK, 0, 0
-    reads, writes = _masks(ins)
-    flow = _FLOW.get(ins.flow_control, Flow.LEAVE)
-    if ins.mnemonic in _LEAVING:
-        flow = Flow.LEAVE
-    distance = _signed(ins.near_branch_target - ins.next_ip) if flow in _TARGETED else 0
-    return ins.len, flow, _traits(ins, code), reads, writes, distance
-
-
-def _signed(value: int) -> int:
-    return (value + (1 << 63)) % (1 << 64) - (1 << 63)
-
-
-#: what was decoded before: instruction bytes to their place in `_rows`
-_known: dict[bytes, int] = {}
-_rows: list[Row] = []
-
-
-def _learn(ins: iced.Instruction, code: bytes) -> int:
-    number = _known[code] = len(_rows)
-    _rows.append(_row(ins, code))
-    return number
+def _effect(code: bytes) -> Effect:
+    found = _known.get(code)
+    if found is None:
+        found = _known[code] = effect_of(code)
+    return found
 
 
 def decode(stretches: Iterable[tuple[int, bytes]]) -> Decoded:
@@ -219,44 +90,54 @@ def decode(stretches: Iterable[tuple[int, bytes]]) -> Decoded:
         stretches: (run-time address, bytes) of each; undecodable bytes become an `INVALID`
             instruction.
     """
-    numbers: list[int] = []
     starts: list[int] = []
+    texts: list[bytes] = []
+    lengths: list[int] = []
     firsts: list[int] = []
-    known = _known.get
     for start, code in stretches:
         starts.append(start)
-        firsts.append(len(numbers))
-        at = 0
-        for ins in iced.Decoder(64, code, ip=start):
-            end = at + ins.len
-            key = code[at:end]
-            number = known(key)
-            numbers.append(_learn(ins, key) if number is None else number)
-            at = end
-    return _columns(np.array(numbers, np.int64), starts, firsts)
+        texts.append(code)
+        firsts.append(len(lengths))
+        lengths.extend(map(_length, iced.Decoder(64, code)))
+    first = np.array([*firsts, len(lengths)], np.int64)
+    length = np.array(lengths, np.uint8)
+    del lengths
+    return _columns(b"".join(texts), np.array(starts, np.uint64), first, length)
 
 
-def _columns(numbers: npt.NDArray[np.int64], starts: list[int], firsts: list[int]) -> Decoded:
-    """Look every instruction up in the table of those known."""
-    used, place = np.unique(numbers, return_inverse=True)
-    table = np.array([_rows[number] for number in used.tolist()], np.int64).reshape(-1, 6)[place]
-    first = np.array([*firsts, len(numbers)], np.int64)
-    counts = np.diff(first)
-    stretch = np.repeat(np.arange(len(starts), dtype=np.int32), counts)
-    length = table[:, 0]
-    ahead = np.cumsum(length) - length
-    first_ahead = np.append(ahead, 0)[first[:-1]]
-    addr = np.array(starts, np.uint64)[stretch] + (ahead - first_ahead[stretch]).astype(np.uint64)
-    flow = table[:, 1]
-    direct = np.isin(flow, _TARGETED)
-    target = np.where(direct, (addr + length.astype(np.uint64)) + table[:, 5].view(np.uint64), 0)
+def _columns(
+    text: bytes,
+    starts: npt.NDArray[np.uint64],
+    first: npt.NDArray[np.int64],
+    length: npt.NDArray[np.uint8],
+) -> Decoded:
+    """Look every instruction up; they fill the text from end to end."""
+    stretch = np.repeat(np.arange(len(starts), dtype=np.int32), np.diff(first))
+    at = np.cumsum(length, dtype=np.int64) - length
+    shift = starts - np.append(at, 0)[first[:-1]].astype(np.uint64)
+    addr = at.astype(np.uint64) + shift[stretch]
+    low, high = words(text, at, length)
+    rows, kind = distinct(low, high, length)
+    known, known_kind = shapes(low[rows], high[rows], length[rows])
+    table = np.array([_effect(code) for code in known], np.uint32).reshape(-1, 8)
+    kind = known_kind[kind]
+    flow, *place = (table[:, i].astype(np.uint8)[kind] for i in (0, 4, 5, 6, 7))
+    direct = np.flatnonzero(np.isin(flow, _TARGETED) & (place[3] > 0))
+    target = np.zeros(len(addr), np.uint64)
+    distance = read_signed(text, at[direct] + place[2][direct], place[3][direct])
+    following = addr[direct] + length[direct].astype(np.uint64)
+    target[direct] = following + distance.view(np.uint64)
     return Decoded(
         stretch=stretch,
         addr=addr,
-        length=length.astype(np.uint8),
-        flow=flow.astype(np.uint8),
-        trait=table[:, 2].astype(np.uint16),
-        reads=table[:, 3].astype(np.uint32),
-        writes=table[:, 4].astype(np.uint32),
-        target=target.astype(np.uint64),
+        length=length,
+        flow=flow,
+        trait=table[:, 1].astype(np.uint16)[kind],
+        reads=np.ascontiguousarray(table[:, 2])[kind],
+        writes=np.ascontiguousarray(table[:, 3])[kind],
+        target=target,
+        disp=place[0],
+        disp_size=place[1],
+        imm=place[2],
+        imm_size=place[3],
     )
