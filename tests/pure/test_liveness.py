@@ -133,7 +133,7 @@ def test_ftrace_site_of_the_function_itself_loses_r10_r11_and_flags() -> None:
         ADDR, NOP5, op("MOV_R64_RM64", "rax", "r10"), op("ADC_R64_RM64", "rax", "r11"), RET
     )
     with_site = Sites(ftrace=addrs(ADDR))
-    assert live(source, with_site)[0] == AT_RETURN - {"rax"}
+    assert live(source, with_site)[0] == AT_RETURN | ARGUMENTS
     assert live(source, Sites())[0] == AT_RETURN - {"rax"} | {"r10", "r11", "cf"}
 
 
@@ -174,17 +174,18 @@ def test_jump_to_ftraced_function_needs_arguments_and_kept_registers() -> None:
 
 
 @pytest.mark.parametrize(
-    "item",
+    ("item", "needed"),
     [
-        jmp(ASSEMBLY),
-        op("JMP_RM64", "rax"),
-        jcc("e", ASSEMBLY),
-        b"\x06\xc0",
+        (jmp(ASSEMBLY), REGISTERS),
+        (op("JMP_RM64", "rax"), REGISTERS),
+        (jcc("e", ASSEMBLY), EVERYTHING),
+        (b"\x06\xc0", EVERYTHING),
     ],
     ids=["jump", "indirect jump", "branch", "invalid"],
 )
-def test_leaving_for_an_unknown_place_needs_everything(item: Item) -> None:
-    assert before(item, RET)[0] == EVERYTHING
+def test_leaving_for_an_unknown_place_needs_every_register(item: Item, needed: set[str]) -> None:
+    assert before(item, RET)[0] == needed
+    assert before(item, RET, is_c=False)[0] == EVERYTHING
 
 
 def test_interrupt_return_needs_every_register_but_loads_the_flags() -> None:

@@ -90,6 +90,18 @@ class Code:
             first = first + (((self.trait[row] & Trait.ENDBR) != 0) & (last > first))
         return np.where(last >= first, first, -1)
 
+    @cached_property
+    def is_c(self) -> Mask:
+        """bool[n]: whether an instruction's function has an ftrace site."""
+        flags = np.array([part.is_c for part in self.parts], bool)
+        return np.asarray(flags[self.part]) if len(flags) else np.zeros(0, bool)
+
+    def parts_with(self, trait: Trait) -> Mask:
+        """bool[parts]: whether any instruction of a part has a trait."""
+        found = np.zeros(len(self.parts), bool)
+        found[self.part[(self.trait & trait) != 0]] = True
+        return found
+
     def rows_at(self, addrs: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
         """int64[m]: row of the instruction that starts at each address, -1 if none does."""
         return self.index.rows(addrs)

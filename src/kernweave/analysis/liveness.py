@@ -1,184 +1,259 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Which registers and flags are live at each instruction, inside one function at a time.
+"""Which registers and flags are live at each instruction, across calls.
 
-Only what is certain is used:
+Sound first; what is taken for granted:
 
 - At an ftrace site the kernel itself may call a C function that keeps every argument but
   neither r10, r11 nor the status flags (ftrace_caller, arch/x86/kernel/ftrace_64.S).  So these
-  are dead there, and before any direct call or jump to such a site.
+  are dead there, and the arguments are not: ftrace, BPF and livepatch read them.
 - A function with an ftrace site was compiled with profiling on, where gcc knows no register use
   beyond the calling convention (-fipa-ra is off); function-graph tracing relies on the same.  So
-  at its `ret` only rax, rdx and the callee-saved registers are live.
+  at its `ret` only rax, rdx and the callee-saved registers are live, and a call of it loses the
+  others.
 - gcc takes the status flags as lost by every call and every asm statement.
-- Everything else - calls to assembly, indirect calls, jumps to unknown places, functions
-  without an ftrace site - is taken to read every register and to overwrite none.
+- A call of any other function keeps what that function does not overwrite on every path to its
+  return, and reads what it may read: both follow from its code.  Calls from inline assembly rely
+  on that.
+- Everything else - indirect calls, static calls, jumps to unknown places, returns of functions
+  without an ftrace site - reads every register and overwrites none.
+
+- But what nothing has written since a C function was entered or called is garbage by the calling
+  convention (r10, r11; after a call all but the results and what is kept): no indirect call or
+  jump reads it.
+
+One equation per stretch holds two masks at once: what may be read from here on before the
+function returns (low half), and what may reach the return unchanged (high half).  A callee's
+entry stretch is thereby its summary.  The least solution is found for all stretches together.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
 from kernweave.analysis.code import Code
-from kernweave.image.sites import Sites, contains
-from kernweave.x86.decode import ALL_MASK, FLAGS_MASK, REG_NAMES, REGS_MASK, Flow, Trait
+from kernweave.analysis.convention import ARGUMENTS, KEPT, LOST_AT_ENTRY, LOST_BY_CALL, RESULTS
+from kernweave.analysis.defined import solve_defined
+from kernweave.analysis.flow import CALLS, Beyond, FlowGraph, build_flow
+from kernweave.image.sites import Sites
+from kernweave.x86.decode import ALL_MASK, REGS_MASK, Trait
 
+I32 = npt.NDArray[np.int32]
 U32 = npt.NDArray[np.uint32]
+U64 = npt.NDArray[np.uint64]
 Rows = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
 
 
-def _mask(*names: str) -> int:
-    return sum(1 << REG_NAMES.index(name) for name in names)
+_RETURNS = 1 << 31  # of the high half: some path reaches the return
+_HALF = np.uint64(32)
+_LOW = np.uint64(0xFFFF_FFFF)
+_PASS_ALL = (ALL_MASK | _RETURNS) << 32
+
+_BEYOND = {
+    Beyond.NOWHERE: 0,
+    Beyond.RETURN: _PASS_ALL,
+    Beyond.C_FUNCTION: ARGUMENTS | _PASS_ALL,  # less what any C function may overwrite
+    Beyond.UNKNOWN: ALL_MASK | _PASS_ALL,
+    Beyond.UNKNOWN_REGS: REGS_MASK | _PASS_ALL,
+    Beyond.INDIRECT: REGS_MASK | _PASS_ALL,
+    Beyond.NEUTRAL: _PASS_ALL,
+}
 
 
-_ARGUMENTS = _mask("rax", "rdi", "rsi", "rdx", "rcx", "r8", "r9", "rsp")
-_KEPT = _mask("rbx", "rbp", "rsp", "r12", "r13", "r14", "r15")
-_LOST_BY_CALL = REGS_MASK & ~_KEPT
-_LOST_AT_ENTRY = _mask("r10", "r11") | FLAGS_MASK
-_RESULTS = _mask("rax", "rdx")
+@dataclass(frozen=True)
+class Liveness:
+    """What may still be read, for all of `code`.
+
+    Attributes:
+        code: the instructions.
+        graph: their stretches.
+        reads: uint32[n], read by each instruction, calls of known functions apart.
+        writes: uint32[n], overwritten by each whatever happens.
+        after: uint32[s], live behind each stretch, but before what its call overwrites or keeps.
+        at: uint32[s], live before each stretch.
+        returns: bool[s], whether control that arrives at a stretch may reach a return.
+    """
+
+    code: Code
+    graph: FlowGraph
+    reads: U32
+    writes: U32
+    after: U32
+    at: U32
+    returns: Mask
+
+    def before(self, rows: Rows) -> U32:
+        """uint32[m]: mask of what is live before each of these instructions."""
+        stretch = self.graph.stretch_of(rows)
+        live = self.after[stretch].copy()
+        row = self.graph.last[stretch]
+        active = np.arange(len(rows))
+        while len(active):
+            here = row[active]
+            live[active] = self.reads[here] | (live[active] & ~self.writes[here])
+            active = active[here > rows[active]]
+            row[active] -= 1
+        return live
 
 
 def live_before(code: Code, sites: Sites) -> U32:
     """uint32[n]: mask of what may still be read, before each instruction of `code`."""
-    if not len(code.addr):
-        return np.zeros(0, np.uint32)
-    reads, writes, exits = _effects(code, sites)
-    first, last = _split(code, sites)
-    gen, kill = _summarise(reads, writes, first, last)
-    out = _solve(code, sites, gen, kill, exits, first, last)
-    return _spread(reads, writes, out, first, last)
+    return solve_liveness(code, sites).before(np.arange(len(code.addr)))
 
 
-def _effects(code: Code, sites: Sites) -> tuple[U32, U32, U32]:
-    """Reads and writes of each instruction, and what is live where flow leaves the function."""
-    is_c = np.array([part.is_c for part in code.parts], bool)[code.part]
+def solve_liveness(code: Code, sites: Sites) -> Liveness:
+    """Find what is live everywhere in `code`; code outside it is taken by the rules above."""
+    graph = build_flow(code, sites)
+    reads, writes = _effects(code, sites)
+    to_c = _calls_c(code, sites, graph)
+    holds = solve_defined(code, sites, graph, to_c)
+    system = System(graph, *_summarise(reads, writes, graph), to_c, _beyond(graph, holds))
+    state = _solve(system)
+    exits = np.where(code.is_c[graph.first], RESULTS | KEPT, ALL_MASK).astype(np.uint32)
+
+    def flatten(both: U64) -> U32:
+        return both.astype(np.uint32) | ((both >> _HALF).astype(np.uint32) & exits)
+
+    count = len(graph.first)
+    after = flatten(_out(state, system, np.arange(count)))
+    returns = (state[:count] >> np.uint64(63)).astype(bool)
+    return Liveness(code, graph, reads, writes, after, flatten(state[:count]), returns)
+
+
+@dataclass(frozen=True)
+class System:
+    """The equations, one per stretch.
+
+    Attributes:
+        graph: what follows what.
+        gen: uint64[s], read before it is overwritten; the high half is 0.
+        keep: uint64[s], not overwritten, in both halves.
+        to_c: bool[s], whether it ends in a call from C of a C function.
+        beyond: uint64[s], what an indirect call or jump may read here; high half all ones.
+    """
+
+    graph: FlowGraph
+    gen: U64
+    keep: U64
+    to_c: Mask
+    beyond: U64
+
+    @cached_property
+    def call_keep(self) -> U64:
+        """uint64[s]: what the call does not lose by the calling convention, in both halves."""
+        keep = _both(np.uint64(~LOST_BY_CALL & 0xFFFF_FFFF))
+        return np.where(self.to_c, keep, ~np.uint64(0))
+
+
+def _effects(code: Code, sites: Sites) -> tuple[U32, U32]:
+    """Reads and writes of each instruction; what a callee does is left to its stretch."""
     reads, writes = code.reads.copy(), code.writes.copy()
-    exits = np.full(len(code.addr), ALL_MASK, np.uint32)
-
-    call = np.isin(code.flow, (Flow.CALL, Flow.INDIRECT_CALL))
-    known = contains(sites.ftrace, code.target)
-    popf = np.zeros(len(code.parts), bool)
-    np.logical_or.at(popf, code.part, (code.trait & Trait.POPF) != 0)
-    keeps_flags = np.where(is_c & ~popf[code.part], 0, FLAGS_MASK).astype(np.uint32)
-
-    to_known = call & known & is_c
-    to_other = call & ~to_known
-    reads[to_known] = _ARGUMENTS
-    writes[to_known] = _LOST_BY_CALL | FLAGS_MASK
-    reads[to_other] = REGS_MASK | keeps_flags[to_other]
-    writes[to_other] = 0
-
-    static = contains(sites.static_calls, code.addr)
-    reads[static] = REGS_MASK | keeps_flags[static]
-    writes[static] = 0
-    faults = contains(sites.exceptions, code.addr)
-    writes[faults] = 0
-
-    thunk = (code.flow == Flow.JUMP) & contains(sites.return_thunks, code.target)
-    ret = ((code.flow == Flow.RETURN) | thunk) & is_c
-    exits[ret] = _RESULTS | _KEPT
-    leaves = (code.flow == Flow.JUMP) & known & is_c
-    exits[leaves] = _ARGUMENTS | _KEPT
-
-    entry = contains(sites.ftrace, code.addr)
-    writes[entry] |= _LOST_AT_ENTRY
-    return reads, writes, exits
+    writes[np.isin(code.flow, CALLS)] = 0
+    writes[code.index.mark(sites.exceptions)] = 0
+    entries = code.index.mark(sites.ftrace)
+    reads[entries] |= ARGUMENTS
+    writes[entries] |= LOST_AT_ENTRY
+    return reads, writes
 
 
-def _split(code: Code, sites: Sites) -> tuple[Rows, Rows]:
-    """First and last row of each stretch: blocks, cut after faulting instructions too."""
-    starts = code.leader.copy()
-    starts[0] = True
-    starts[1:] |= contains(sites.exceptions, code.addr)[:-1]
-    first = np.flatnonzero(starts)
-    return first, np.append(first[1:] - 1, len(code.addr) - 1)
+def _calls_c(code: Code, sites: Sites, graph: FlowGraph) -> Mask:
+    """bool[s]: which stretches end in a call from C of a function with an ftrace site."""
+    ftraced = graph.callee == Beyond.C_FUNCTION
+    inside = graph.callee >= 0
+    entries = code.index.mark(sites.ftrace)
+    ftraced[inside] = entries[_entry_rows(code, graph.first[graph.callee[inside]])]
+    return np.asarray(ftraced & code.is_c[graph.last])
 
 
-def _summarise(reads: U32, writes: U32, first: Rows, last: Rows) -> tuple[U32, U32]:
-    """What each stretch reads before it writes it, and what it overwrites."""
+def _beyond(graph: FlowGraph, holds: U32) -> U64:
+    """What an indirect call or jump may read: what holds a value."""
+    indirect = (graph.callee == Beyond.INDIRECT) | (graph.taken == Beyond.INDIRECT)
+    return np.where(indirect, holds | ~_LOW, ~np.uint64(0))
+
+
+def _entry_rows(code: Code, rows: Rows) -> Rows:
+    """Behind the endbr64 where a call arrives, if there is one."""
+    behind = np.minimum(rows + 1, len(code.addr) - 1)
+    return np.where((code.trait[rows] & Trait.ENDBR) != 0, behind, rows)
+
+
+def _both(mask: U64 | np.uint64) -> U64:
+    """A mask in both halves."""
+    return np.asarray(mask | (mask << _HALF), np.uint64)
+
+
+def _summarise(reads: U32, writes: U32, graph: FlowGraph) -> tuple[U64, U64]:
+    """What each stretch reads before it writes it, and what it leaves alone in both halves."""
+    first, last = graph.first, graph.last
     gen = np.zeros(len(first), np.uint32)
     kill = np.zeros(len(first), np.uint32)
     size = last - first + 1
     active = np.arange(len(first))
-    for back in range(int(size.max())):
-        active = active[size[active] > back]
+    back = 0
+    while len(active):
         row = last[active] - back
         gen[active] = reads[row] | (gen[active] & ~writes[row])
         kill[active] |= writes[row]
-    return gen, kill
-
-
-def _successors(code: Code, sites: Sites, first: Rows, last: Rows) -> tuple[Rows, Rows, Rows]:
-    """Stretches that follow: fall-through, taken, and by fault or jump label; -1: none."""
-    count = len(first)
-    stretch_of = np.searchsorted(first, np.arange(len(code.addr)), side="right") - 1
-    flow = code.flow[last]
-
-    def stretch_at(addrs: npt.NDArray[np.uint64]) -> Rows:
-        row = code.rows_at(addrs)
-        return np.where(row >= 0, stretch_of[row], -1)
-
-    after = np.minimum(last + 1, len(code.addr) - 1)
-    adjacent = (code.part[after] == code.part[last]) & (after > last)
-    ends = np.isin(flow, (Flow.JUMP, Flow.RETURN, Flow.INDIRECT_JUMP, Flow.LEAVE, Flow.INVALID))
-    labels = contains(sites.jump_labels, code.addr[last])
-    falls = adjacent & (~ends | labels)
-    next_stretch = np.where(falls, np.minimum(np.arange(count) + 1, count - 1), -1)
-
-    jumps = np.isin(flow, (Flow.JUMP, Flow.BRANCH))
-    taken = np.where(jumps, stretch_at(code.target[last]), -1)
-
-    other = np.full(count, -1)
-    for keys, values in ((sites.exceptions, sites.fixups), (sites.jump_labels, sites.jump_targets)):
-        hit = contains(keys, code.addr[last])
-        if hit.any():
-            row = np.searchsorted(keys, code.addr[last[hit]])
-            other[hit] = stretch_at(values[row])
-    return next_stretch, taken, other
-
-
-def _solve(
-    code: Code, sites: Sites, gen: U32, kill: U32, exits: U32, first: Rows, last: Rows
-) -> U32:
-    """What is live behind each stretch: the least fixpoint, all stretches at once."""
-    falls, taken, other = _successors(code, sites, first, last)
-    flow = code.flow[last]
-    inside = taken >= 0
-    wants_fall = ~np.isin(
-        flow, (Flow.JUMP, Flow.RETURN, Flow.INDIRECT_JUMP, Flow.LEAVE, Flow.INVALID)
-    )
-    wants_taken = np.isin(flow, (Flow.JUMP, Flow.BRANCH))
-    special = contains(sites.exceptions, code.addr[last]) | contains(
-        sites.jump_labels, code.addr[last]
-    )
-    unknown = (
-        (wants_fall & (falls < 0))
-        | (wants_taken & ~inside)
-        | (special & (other < 0))
-        | (~wants_fall & ~wants_taken)
-    )
-    leaving = np.where(unknown, exits[last], 0).astype(np.uint32)
-    leaving[(flow == Flow.BRANCH) & unknown] = ALL_MASK
-    leaving[special & (other < 0)] = ALL_MASK
-
-    live = np.zeros(len(first) + 1, np.uint32)  # the last row stays 0: no successor
-    while True:
-        out = leaving | live[falls] | live[taken] | live[other]
-        new = gen | (out & ~kill)
-        if (new == live[:-1]).all():
-            return out.astype(np.uint32)
-        live[:-1] = new
-
-
-def _spread(reads: U32, writes: U32, out: U32, first: Rows, last: Rows) -> U32:
-    """From behind each stretch to before each of its instructions."""
-    before = np.zeros(len(reads), np.uint32)
-    size = last - first + 1
-    active = np.arange(len(first))
-    live = out.copy()
-    for back in range(int(size.max())):
+        back += 1
         active = active[size[active] > back]
-        row = last[active] - back
-        live[active] = reads[row] | (live[active] & ~writes[row])
-        before[row] = live[active]
-    return before
+    return gen.astype(np.uint64), ~_both(kill.astype(np.uint64))
+
+
+def _initial(count: int) -> U64:
+    """Zero for every stretch; behind them the places beyond, found by negative numbers."""
+    state = np.zeros(count + len(_BEYOND), np.uint64)
+    for place, value in _BEYOND.items():
+        state[place] = value
+    return state
+
+
+def _out(state: U64, system: System, rows: Rows) -> U64:
+    """What holds behind each of these stretches, before their calls."""
+    graph = system.graph
+    beyond = system.beyond[rows]
+    summary = state[graph.callee[rows]] & beyond
+    behind = state[graph.falls[rows]] | (state[graph.taken[rows]] & beyond)
+    behind |= state[graph.other[rows]]
+    return (summary & _LOW) | (behind & _both(summary >> _HALF) & system.call_keep[rows])
+
+
+def _solve(system: System) -> U64:
+    """The least solution: only stretches are looked at whose successors changed."""
+    count = len(system.gen)
+    state = _initial(count)
+    sources, bounds = _predecessors(system.graph)
+    active: Rows = np.arange(count)
+    marked = np.zeros(count, bool)
+    while len(active):
+        new = system.gen[active] | (_out(state, system, active) & system.keep[active])
+        changed = active[new != state[active]]
+        state[active] = new
+        marked[_gather(sources, bounds, changed)] = True
+        active = np.flatnonzero(marked)
+        marked[active] = False
+    return state
+
+
+def _predecessors(graph: FlowGraph) -> tuple[I32, Rows]:
+    """Stretches that depend on each stretch, callers included: rows, and where each begins."""
+    count = len(graph.first)
+    columns = (graph.falls, graph.taken, graph.other, graph.callee)
+    targets = np.concatenate(columns)
+    sources = np.tile(np.arange(count, dtype=np.int32), len(columns))
+    real = targets >= 0
+    targets, sources = targets[real], sources[real]
+    order = np.argsort(targets, kind="stable")
+    bounds = np.append(0, np.cumsum(np.bincount(targets, minlength=count)))
+    return sources[order], bounds
+
+
+def _gather(values: I32, bounds: Rows, rows: Rows) -> I32:
+    """All values of some rows of a CSR table."""
+    start, size = bounds[rows], bounds[rows + 1] - bounds[rows]
+    ends = np.cumsum(size)
+    total = int(ends[-1]) if len(ends) else 0
+    return np.asarray(values[np.arange(total) + np.repeat(start - (ends - size), size)])

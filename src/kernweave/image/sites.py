@@ -88,9 +88,11 @@ class Sites:
         exceptions: address of each instruction with a fix-up.
         fixups: where it continues after a fault, in the same order.
         bugs: address of each `ud2` with a bug-table entry.
+        fatal_bugs: those from which control does not come back.
         ftrace: address of each ftrace site.
         ftrace_busy: those that are not a nop at the moment.
         return_thunks: functions that a `jmp` stands for `ret` to.
+        thunks: [start, end) of the text in which a jump or call is an indirect one.
     """
 
     ranges: tuple[Ranges, ...] = ()
@@ -100,9 +102,11 @@ class Sites:
     exceptions: Addrs = field(default_factory=lambda: _NONE)
     fixups: Addrs = field(default_factory=lambda: _NONE)
     bugs: Addrs = field(default_factory=lambda: _NONE)
+    fatal_bugs: Addrs = field(default_factory=lambda: _NONE)
     ftrace: Addrs = field(default_factory=lambda: _NONE)
     ftrace_busy: Addrs = field(default_factory=lambda: _NONE)
     return_thunks: Addrs = field(default_factory=lambda: _NONE)
+    thunks: tuple[int, int] = (0, 0)
 
 
 def make_ranges(reason: Reason, starts: Addrs, ends: Addrs) -> Ranges:
