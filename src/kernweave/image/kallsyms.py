@@ -12,6 +12,7 @@ import numpy.typing as npt
 from kernweave.errors import UnsupportedError
 
 Read = Callable[[int, int], bytes]
+Addrs = npt.NDArray[np.uint64]
 
 _TABLES = (
     "kallsyms_names",
@@ -19,15 +20,15 @@ _TABLES = (
     "kallsyms_token_table",
     "kallsyms_token_index",
     "kallsyms_offsets",
-    "kallsyms_relative_base",
 )
+_BASE = "kallsyms_relative_base"  # gone in 7.0
 
 
 def _table_addresses(read: Read, vmcoreinfo: int, size: int) -> dict[str, int]:
     note = read(int.from_bytes(read(vmcoreinfo, 8), "little"), _u64(read, size))
     found = dict(re.findall(rb"SYMBOL\((kallsyms_\w+)\)=([0-9a-f]+)", note))
-    addrs = {name: int(found.get(name.encode(), b"0"), 16) for name in _TABLES}
-    missing = [name for name, addr in addrs.items() if not addr]
+    addrs = {name: int(found.get(name.encode(), b"0"), 16) for name in (*_TABLES, _BASE)}
+    missing = [name for name in _TABLES if not addrs[name]]
     if missing:
         raise UnsupportedError(
             f"this kernel's vmcoreinfo does not name {missing[0]}",
@@ -41,12 +42,18 @@ def _u64(read: Read, addr: int) -> int:
 
 
 def _tokens(read: Read, addrs: dict[str, int]) -> list[bytes]:
-    index = np.frombuffer(read(addrs["kallsyms_token_index"], 512), "<u2").astype(int)
-    table = read(addrs["kallsyms_token_table"], int(index[-1]) + 256)
-    return [table[start : table.index(b"\0", start)] for start in index]
+    index = read(addrs["kallsyms_token_index"], 512)
+    last = int.from_bytes(index[-2:], "little")
+    return cut_tokens(read(addrs["kallsyms_token_table"], last + 256), index)
 
 
-def _decode_names(data: bytes, count: int, tokens: list[bytes]) -> list[bytes]:
+def cut_tokens(table: bytes, index: bytes) -> list[bytes]:
+    """The 256 strings of token_table, by the 256 16-bit offsets of token_index."""
+    starts = np.frombuffer(index, "<u2").tolist()
+    return [table[start : table.index(b"\0", start)] for start in starts]
+
+
+def decode_names(data: bytes, count: int, tokens: list[bytes]) -> list[bytes]:
     """Names with their type letter in front; a length byte over 127 has a second one.
 
     References:
@@ -66,8 +73,8 @@ def _decode_names(data: bytes, count: int, tokens: list[bytes]) -> list[bytes]:
     return names
 
 
-def _addresses(raw: npt.NDArray[np.int32], base: int) -> npt.NDArray[np.uint64]:
-    """Run-time addresses.
+def addresses(raw: npt.NDArray[np.int32], base: int) -> Addrs:
+    """Addresses of offsets relative to one base.
 
     With absolute per-CPU symbols the offsets of all others are negative; without, an image is
     far too small for an offset to have its top bit set.
@@ -82,9 +89,19 @@ def _addresses(raw: npt.NDArray[np.int32], base: int) -> npt.NDArray[np.uint64]:
     return np.where(wide >= 0, wide.view(np.uint64), relative)
 
 
+def addresses_from_self(raw: npt.NDArray[np.int32], table: int) -> Addrs:
+    """Addresses of offsets, each relative to its own place in the table at `table`.
+
+    References:
+        a081b5789255 ("kallsyms: Get rid of kallsyms relative base")
+    """
+    place = np.uint64(table) + 4 * np.arange(len(raw), dtype=np.uint64)
+    return place + raw.astype(np.int64).view(np.uint64)
+
+
 def read_kallsyms(
     read: Read, vmcoreinfo_data: int, vmcoreinfo_size: int, stext: int
-) -> tuple[npt.NDArray[np.uint64], list[bytes]]:
+) -> tuple[Addrs, list[bytes]]:
     """All symbols of the kernel image, kmods excluded.
 
     Args:
@@ -104,15 +121,17 @@ def read_kallsyms(
     """
     addrs = _table_addresses(read, vmcoreinfo_data, vmcoreinfo_size)
     count = _u64(read, addrs["kallsyms_num_syms"]) & 0xFFFFFFFF
-    base = _u64(read, addrs["kallsyms_relative_base"])
     raw = np.frombuffer(read(addrs["kallsyms_offsets"], 4 * count), "<i4")
     tokens = _tokens(read, addrs)
     # The names' end is not named anywhere; the markers follow, so reading up to
     # the token table covers them whatever the order of the other tables is.
     after = [addr for addr in addrs.values() if addr > addrs["kallsyms_names"]]
     data = read(addrs["kallsyms_names"], min(after) - addrs["kallsyms_names"])
-    names = _decode_names(data, count, tokens)
-    found = _addresses(raw, base)
+    names = decode_names(data, count, tokens)
+    if addrs[_BASE]:
+        found = addresses(raw, _u64(read, addrs[_BASE]))
+    else:
+        found = addresses_from_self(raw, addrs["kallsyms_offsets"])
     if stext not in found:
         raise UnsupportedError("kallsyms does not hold _stext at its address")
     return found, names

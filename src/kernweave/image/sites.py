@@ -92,7 +92,8 @@ class Sites:
         ftrace: address of each ftrace site.
         ftrace_busy: those that are not a nop at the moment.
         return_thunks: functions that a `jmp` stands for `ret` to.
-        thunks: [start, end) of the text in which a jump or call is an indirect one.
+        thunks: [start, end): a jump or call into it is an indirect one.
+        static_text: [start, end) of each stretch of static-call trampolines.
     """
 
     ranges: tuple[Ranges, ...] = ()
@@ -107,6 +108,7 @@ class Sites:
     ftrace_busy: Addrs = field(default_factory=lambda: _NONE)
     return_thunks: Addrs = field(default_factory=lambda: _NONE)
     thunks: tuple[int, int] = (0, 0)
+    static_text: tuple[tuple[int, int], ...] = ()
 
 
 def make_ranges(reason: Reason, starts: Addrs, ends: Addrs) -> Ranges:
