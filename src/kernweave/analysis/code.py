@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -64,6 +64,8 @@ class Code:
         leader: bool[n], first instruction of a block.
         room: uint8[n], `length` and the int3 filler directly behind it, which nothing leads to.
         return_thunks: addresses to which a jump is a return.
+        thunks: [start, end) of text in which a jump or call is an indirect one.
+        operands: uint64[k], what operands may hold as addresses: absolute and rip-relative ones.
     """
 
     parts: tuple[Part, ...]
@@ -78,6 +80,8 @@ class Code:
     leader: Mask
     room: npt.NDArray[np.uint8]
     return_thunks: npt.NDArray[np.uint64]
+    thunks: tuple[int, int] = (0, 0)
+    operands: npt.NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, np.uint64))
 
     @cached_property
     def entries(self) -> npt.NDArray[np.int64]:
@@ -143,6 +147,8 @@ def build_code(parts: Sequence[Part], sites: Sites) -> Code:
         leader=leader[rows],
         room=_room(columns, keep)[rows],
         return_thunks=sites.return_thunks,
+        thunks=sites.thunks,
+        operands=columns.operands,
     )
 
 

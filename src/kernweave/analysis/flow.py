@@ -47,8 +47,8 @@ class FlowGraph:
         first: int64[s], row of the first instruction of each.
         last: int64[s], row of the last.
         falls: int32[s], the stretch behind it.
-        taken: int32[s], where its last instruction jumps, or `RETURN`.
-        other: int32[s], where a fault in it is fixed up or the other side of a jump label.
+        taken: int32[s], where its last instruction jumps, or `RETURN`; not for jump labels.
+        other: int32[s], where a fault in it is fixed up, or where a jump label leads as a jump.
         callee: int32[s], stretch at which its call arrives; `NEUTRAL` if it calls nobody.
     """
 
@@ -85,6 +85,7 @@ def build_flow(code: Code, sites: Sites) -> FlowGraph:
     quiet = is_c & ~code.parts_with(Trait.POPF)[code.part[last]]
     branch = flow == Flow.BRANCH
     taken[(taken == Beyond.C_FUNCTION) & (~is_c | branch)] = Beyond.UNKNOWN
+    taken[known] = Beyond.NOWHERE  # `other` has it
     taken[(taken == Beyond.INDIRECT) & (~quiet | branch)] = Beyond.UNKNOWN
     taken[(taken == Beyond.UNKNOWN) & quiet & ~branch] = Beyond.UNKNOWN_REGS
     callee = np.full(len(last), Beyond.NEUTRAL, np.int32)

@@ -70,6 +70,7 @@ class Liveness:
 
     Attributes:
         code: the instructions.
+        sites: the kernel's tables that were used.
         graph: their stretches.
         reads: uint32[n], read by each instruction, calls of known functions apart.
         writes: uint32[n], overwritten by each whatever happens.
@@ -79,6 +80,7 @@ class Liveness:
     """
 
     code: Code
+    sites: Sites
     graph: FlowGraph
     reads: U32
     writes: U32
@@ -89,15 +91,28 @@ class Liveness:
     def before(self, rows: Rows) -> U32:
         """uint32[m]: mask of what is live before each of these instructions."""
         stretch = self.graph.stretch_of(rows)
-        live = self.after[stretch].copy()
-        row = self.graph.last[stretch]
-        active = np.arange(len(rows))
-        while len(active):
-            here = row[active]
-            live[active] = self.reads[here] | (live[active] & ~self.writes[here])
-            active = active[here > rows[active]]
-            row[active] -= 1
-        return live
+        last = self.graph.last[stretch]
+        return walk_back((self.reads, self.writes), self.after[stretch], last, rows)
+
+
+def walk_back(effects: tuple[U32, U32], after: U32, last: Rows, rows: Rows) -> U32:
+    """What is live before instructions, from what is live behind a later one.
+
+    Args:
+        effects: reads and writes of all instructions.
+        after: uint32[m], live behind the later ones.
+        last: int64[m], rows of the later ones; control goes straight to them.
+        rows: int64[m], rows asked for.
+    """
+    reads, writes = effects
+    live, row = after.copy(), last.copy()
+    active = np.arange(len(rows))
+    while len(active):
+        here = row[active]
+        live[active] = reads[here] | (live[active] & ~writes[here])
+        active = active[here > rows[active]]
+        row[active] -= 1
+    return live
 
 
 def live_before(code: Code, sites: Sites) -> U32:
@@ -108,7 +123,7 @@ def live_before(code: Code, sites: Sites) -> U32:
 def solve_liveness(code: Code, sites: Sites) -> Liveness:
     """Find what is live everywhere in `code`; code outside it is taken by the rules above."""
     graph = build_flow(code, sites)
-    reads, writes = _effects(code, sites)
+    reads, writes = effects(code, sites)
     to_c = _calls_c(code, sites, graph)
     holds = solve_defined(code, sites, graph, to_c)
     system = System(graph, *_summarise(reads, writes, graph), to_c, _beyond(graph, holds))
@@ -121,7 +136,7 @@ def solve_liveness(code: Code, sites: Sites) -> Liveness:
     count = len(graph.first)
     after = flatten(_out(state, system, np.arange(count)))
     returns = (state[:count] >> np.uint64(63)).astype(bool)
-    return Liveness(code, graph, reads, writes, after, flatten(state[:count]), returns)
+    return Liveness(code, sites, graph, reads, writes, after, flatten(state[:count]), returns)
 
 
 @dataclass(frozen=True)
@@ -149,7 +164,7 @@ class System:
         return np.where(self.to_c, keep, ~np.uint64(0))
 
 
-def _effects(code: Code, sites: Sites) -> tuple[U32, U32]:
+def effects(code: Code, sites: Sites) -> tuple[U32, U32]:
     """Reads and writes of each instruction; what a callee does is left to its stretch."""
     reads, writes = code.reads.copy(), code.writes.copy()
     writes[np.isin(code.flow, CALLS)] = 0

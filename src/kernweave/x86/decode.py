@@ -53,6 +53,8 @@ class Decoded:
         disp_size: uint8[n], its bytes.
         imm: uint8[n], where the last immediate or the branch displacement is, 0: none.
         imm_size: uint8[n], its bytes.
+        operands: uint64[k], addresses in the kernel's half that displacements and immediates
+            name, branch targets apart.
     """
 
     stretch: npt.NDArray[np.int32]
@@ -67,8 +69,10 @@ class Decoded:
     disp_size: npt.NDArray[np.uint8]
     imm: npt.NDArray[np.uint8]
     imm_size: npt.NDArray[np.uint8]
+    operands: npt.NDArray[np.uint64]
 
 
+_KERNEL_HALF = 0xFFFF_8000_0000_0000
 _TARGETED = (Flow.JUMP, Flow.BRANCH, Flow.CALL)
 _length = attrgetter("len")
 
@@ -125,14 +129,20 @@ def _columns(
     direct = np.flatnonzero(np.isin(flow, _TARGETED) & (place[3] > 0))
     target = np.zeros(len(addr), np.uint64)
     distance = read_signed(text, at[direct] + place[2][direct], place[3][direct])
-    following = addr[direct] + length[direct].astype(np.uint64)
-    target[direct] = following + distance.view(np.uint64)
+    following = addr + length.astype(np.uint64)
+    target[direct] = following[direct] + distance.view(np.uint64)
+    trait = table[:, 1].astype(np.uint16)[kind]
+    base = np.where(trait & Trait.RIP, following, np.uint64(0))
+    operands = [
+        _addresses(text, at + place[0], place[1], base),
+        _addresses(text, at + place[2], np.where(target, 0, place[3]).astype(np.uint8), 0 * base),
+    ]
     return Decoded(
         stretch=stretch,
         addr=addr,
         length=length,
         flow=flow,
-        trait=table[:, 1].astype(np.uint16)[kind],
+        trait=trait,
         reads=np.ascontiguousarray(table[:, 2])[kind],
         writes=np.ascontiguousarray(table[:, 3])[kind],
         target=target,
@@ -140,4 +150,17 @@ def _columns(
         disp_size=place[1],
         imm=place[2],
         imm_size=place[3],
+        operands=np.concatenate(operands),
     )
+
+
+def _addresses(
+    text: bytes,
+    at: npt.NDArray[np.int64],
+    size: npt.NDArray[np.uint8],
+    base: npt.NDArray[np.uint64],
+) -> npt.NDArray[np.uint64]:
+    """What fields of at least four bytes hold, if it is an address of the kernel."""
+    rows = np.flatnonzero(size >= 4)
+    value = base[rows] + read_signed(text, at[rows], size[rows]).view(np.uint64)
+    return value[value >= np.uint64(_KERNEL_HALF)]
