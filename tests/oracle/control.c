@@ -12,6 +12,9 @@
  *   faults ADDR...         exception entries that push an error code (for the next watch)
  *   watch ADDR+LEN ...     measure restarts of these instructions, ascending
  *   unwatch FILE           stop, write restarts; rows, contexts lost
+ *   transfers on           record transfers from the next return to user mode on; counts go on
+ *   transfers off          stop
+ *   transfers get FILE     write all recorded so far; rows, transfers dropped
  *
  * A thread of its own serves it: no virtual CPU ever waits for it, nor for a file.
  */
@@ -110,8 +113,9 @@ static void begin_audit(FILE *to, const char *phys_base)
 {
 	const char *problem = oracle_active.audit ? "the audit is on already" :
 			      audit_begin(strtoull(phys_base, NULL, 0));
-	struct features features = { .audit = true, .watch = oracle_active.watch };
+	struct features features = oracle_active;
 
+	features.audit = true;
 	if (problem)
 		answer(to, "error %s", problem);
 	else
@@ -120,8 +124,9 @@ static void begin_audit(FILE *to, const char *phys_base)
 
 static void end_audit(FILE *to, const char *path)
 {
-	struct features features = { .audit = false, .watch = oracle_active.watch };
+	struct features features = oracle_active;
 
+	features.audit = false;
 	if (!oracle_active.audit)
 		answer(to, "error the audit is off");
 	else if (!oracle_switch_to(features))
@@ -132,10 +137,12 @@ static void end_audit(FILE *to, const char *path)
 
 static void begin_watch(FILE *to, char *words)
 {
-	struct features features = { .audit = oracle_active.audit, .watch = true };
+	struct features features = oracle_active;
 
+	features.watch = true;
 	if (oracle_active.watch || !restart_ready()) {
-		answer(to, "error %s", oracle_active.watch ? "unwatch first" : "rsp is not readable");
+		answer(to, "error %s",
+		       oracle_active.watch ? "unwatch first" : "rsp is not readable");
 		return;
 	}
 	if (!add_all(to, words, true, restart_add_watch))
@@ -146,8 +153,9 @@ static void begin_watch(FILE *to, char *words)
 
 static void end_watch(FILE *to, const char *path)
 {
-	struct features features = { .audit = oracle_active.audit, .watch = false };
+	struct features features = oracle_active;
 
+	features.watch = false;
 	if (!oracle_active.watch) {
 		answer(to, "error nothing is watched");
 	} else if (!oracle_switch_to(features)) {
@@ -156,6 +164,27 @@ static void end_watch(FILE *to, const char *path)
 		write_file(to, path, restart_write, restart_lost);
 		restart_clear();
 	}
+}
+
+static void switch_transfers(FILE *to, bool on)
+{
+	struct features features = oracle_active;
+
+	features.transfers = on;
+	if (oracle_active.transfers == on)
+		answer(to, "error transfers are %s already", on ? "on" : "off");
+	else
+		switch_and_answer(to, features);
+}
+
+static void get_transfers(FILE *to, const char *path)
+{
+	const char *problem = transfer_problem();
+
+	if (problem)
+		answer(to, "error %s", problem);
+	else
+		write_file(to, path, transfer_write, transfer_dropped);
 }
 
 /* What the callbacks read must not change under them. */
@@ -200,6 +229,12 @@ static void obey(FILE *to, char *line)
 		begin_watch(to, rest);
 	else if (!strcmp(line, "unwatch"))
 		end_watch(to, rest);
+	else if (!strcmp(line, "transfers") && !strcmp(rest, "on"))
+		switch_transfers(to, true);
+	else if (!strcmp(line, "transfers") && !strcmp(rest, "off"))
+		switch_transfers(to, false);
+	else if (!strcmp(line, "transfers") && !strncmp(rest, "get ", 4))
+		get_transfers(to, rest + 4);
 	else
 		answer(to, "error unknown or untimely command %s", line);
 }

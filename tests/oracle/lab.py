@@ -49,8 +49,12 @@ class OracleLab:
 
     def snapshot(self) -> Counts:
         """Return all counters at one moment: the machine is stopped meanwhile."""
-        with _stopped(self.lab.folder / "qmp"):
+        with self.stopped():
             return self.oracle.snapshot()
+
+    def stopped(self) -> contextlib.AbstractContextManager[None]:
+        """Hold all virtual CPUs meanwhile: what is fetched then is of one moment."""
+        return _stopped(self.lab.folder / "qmp")
 
     def trouble(self) -> list[str]:
         """Return the console's lines that no test may cause."""
@@ -59,7 +63,11 @@ class OracleLab:
 
 @contextlib.contextmanager
 def oracle_lab(
-    name: str, folder: Path, kernel_args: Sequence[str] = (), cflags: tuple[str, ...] = ()
+    name: str,
+    folder: Path,
+    kernel_args: Sequence[str] = (),
+    cflags: tuple[str, ...] = (),
+    options: Sequence[str] = (),
 ) -> Iterator[OracleLab]:
     """Boot a lab under the oracle; or skip as KERNWEAVE_VM says.
 
@@ -68,6 +76,7 @@ def oracle_lab(
         folder: for the plug-in and its socket.
         kernel_args: added to the kernel's command line.
         cflags: for the driver: faults to be seeded.
+        options: of the plug-in.
     """
     wanted = os.environ.get("KERNWEAVE_VM")
     if wanted == "0":
@@ -81,7 +90,7 @@ def oracle_lab(
             if wanted == "1":
                 raise
             pytest.skip(f"no lab on this machine: {error}")
-        plugin = qemu_args(build_plugin(folder), folder / "ctl")
+        plugin = qemu_args(build_plugin(folder), folder / "ctl", *options)
         state = machine.up(kmod=kmod, qemu_args=plugin, kernel_args=kernel_args, progress=print)
         with Oracle(folder / "ctl") as oracle:
             yield OracleLab(machine, oracle, state.kernel, state.qemu)

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* What the files of the plug-in share: plugin.c and control.c call count.c, audit.c, restart.c. */
+/* What the files of the plug-in share: plugin.c and control.c call the others. */
 #ifndef ORACLE_H
 #define ORACLE_H
 
@@ -36,6 +36,7 @@ void *oracle_zalloc(size_t bytes);	/* touched pages only; exits on failure */
 struct features {
 	bool audit;
 	bool watch;
+	bool transfers;
 };
 
 extern struct features oracle_active;	/* changes only inside oracle_switch_to() */
@@ -71,5 +72,14 @@ bool restart_ready(void);
 void restart_insn(const struct insn *insn);
 long restart_write(FILE *to);
 uint64_t restart_lost(void);
+
+/* transfer.c */
+void transfer_init(void);
+void transfer_insn(const struct insn *insn);
+void transfer_block(struct qemu_plugin_tb *tb);
+void transfer_switched(void);		/* on or off; all vCPUs are stopped */
+const char *transfer_problem(void);	/* NULL, or why there is nothing to write */
+long transfer_write(FILE *to);
+uint64_t transfer_dropped(void);
 
 #endif

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from oracle.transfers import TRANSFER, Transfers, transfers_from_rows
+
 U8 = npt.NDArray[np.uint8]
 U64 = npt.NDArray[np.uint64]
 Addrs = npt.NDArray[Any] | Sequence[int]
@@ -39,29 +41,39 @@ EVENT = np.dtype(
 )
 RESTARTS = np.dtype([("vaddr", "<u8"), ("restarts", "<u8")])
 WRITE, MARK = 1, 2
+TRANSFERS_ON = "transfers=on"
 
-_SOURCES = ("plugin.c", "control.c", "count.c", "audit.c", "restart.c")
+_SOURCES = ("plugin.c", "control.c", "count.c", "audit.c", "restart.c", "transfer.c")
 _FLAGS = ("-O2", "-g", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-fvisibility=hidden")
 _WORDS_PER_LINE = 2000
 
 
-def build_plugin(out_dir: Path) -> Path:
-    """Compile the plug-in for the machine's QEMU 10.0 and return its path in `out_dir`."""
+def build_plugin(out_dir: Path, cflags: Sequence[str] = ()) -> Path:
+    """Compile the plug-in for the machine's QEMU 10.0 and return its path in `out_dir`.
+
+    Args:
+        cflags: faults to be seeded.
+    """
     here = Path(__file__).parent
     out = out_dir / "kernweave-oracle.so"
     out_dir.mkdir(parents=True, exist_ok=True)
-    subprocess.run(["gcc", *_FLAGS, "-o", str(out), *(str(here / f) for f in _SOURCES)], check=True)
+    sources = [str(here / name) for name in _SOURCES]
+    subprocess.run(["gcc", *_FLAGS, *cflags, "-o", str(out), *sources], check=True)
     return out
 
 
-def qemu_args(plugin: Path, ctl_path: Path) -> list[str]:
-    """Return the arguments that load the plug-in; QEMU takes the first one for the file."""
+def qemu_args(plugin: Path, ctl_path: Path, *options: str) -> list[str]:
+    """Return the arguments that load the plug-in; QEMU takes the first one for the file.
+
+    Args:
+        options: of the plug-in: TRANSFERS_ON records transfers from the first user process on.
+    """
     for path in (plugin, ctl_path):
         if "," in str(path) or "=" in str(path):
             raise ValueError(f"QEMU splits plug-in arguments at ',' and '=': {path}")
     if len(str(ctl_path)) > 107:
         raise ValueError(f"a unix socket's path has at most 107 bytes: {ctl_path}")
-    return ["-plugin", f"{plugin},ctl={ctl_path}"]
+    return ["-plugin", ",".join([str(plugin), f"ctl={ctl_path}", *options])]
 
 
 def pack_codes(codes: Sequence[bytes]) -> tuple[U8, U8]:
@@ -200,18 +212,37 @@ class Oracle:
         """Stop measuring; return records (dtype RESTARTS): hits = executions - restarts."""
         return self._take("unwatch", RESTARTS)
 
+    def transfers_on(self) -> None:
+        """Record transfers, from the next return to user mode on; counts go on."""
+        self._command("transfers on")
+
+    def transfers_off(self) -> None:
+        """Stop recording transfers; those recorded can still be fetched."""
+        self._command("transfers off")
+
+    def transfers(self) -> Transfers:
+        """Return all transfers recorded; exact when the machine is stopped or quiescent."""
+        rows, dropped = self._fetch("transfers get", TRANSFER)
+        return transfers_from_rows(rows, dropped)
+
     def _tell_all(self, verb: str, addrs: Iterable[int]) -> None:
         for words in _batched(addrs, _WORDS_PER_LINE):
             self._command(f"{verb} " + " ".join(f"{a:#x}" for a in words))
 
     def _take(self, verb: str, dtype: np.dtype[Any]) -> Records:
+        result, lost = self._fetch(verb, dtype)
+        if lost:
+            raise RuntimeError(f"oracle: {verb}: {len(result)} rows, {lost} lost")
+        return result
+
+    def _fetch(self, verb: str, dtype: np.dtype[Any]) -> tuple[Records, int]:
         path = Path(self._dir.name) / "rows"
         rows, lost = self._command(f"{verb} {path}")
         result: Records = np.fromfile(path, dtype)
         path.unlink()
-        if lost or len(result) != rows:
-            raise RuntimeError(f"oracle: {verb}: {len(result)} of {rows} rows, {lost} lost")
-        return result
+        if len(result) != rows:
+            raise RuntimeError(f"oracle: {verb}: {len(result)} of {rows} rows")
+        return result, lost
 
     def _command(self, line: str) -> list[int]:
         self._socket.sendall(line.encode() + b"\n")

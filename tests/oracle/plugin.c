@@ -2,12 +2,13 @@
 /*
  * The correctness oracle: a TCG plug-in for QEMU 10.0, parallel vCPUs included.
  *
- *   qemu-system-x86_64 -plugin FILE.so,ctl=SOCKET[,lo=ADDR][,hi=ADDR] ...
+ *   qemu-system-x86_64 -plugin FILE.so,ctl=SOCKET[,lo=ADDR][,hi=ADDR][,transfers=on] ...
  *
  * It counts every instruction executed in [lo, hi) from boot on (count.c), and on demand
- * audits writes to executable pages (audit.c) and measures restarts (restart.c).
+ * audits writes to executable pages (audit.c), measures restarts (restart.c) and records
+ * transfers of control (transfer.c).
  *
- * The audit and the watches need callbacks in translations, and QEMU's interface has one way
+ * These three need callbacks in translations, and QEMU's interface has one way
  * to drop translations: qemu_plugin_reset(), which must be called on a vCPU. Each translated
  * `iretq` therefore asks a per-vCPU flag (inline: no callback while it is 0), and so does
  * each wake-up of an idle vCPU. The reset happens with all vCPUs stopped, and the new
@@ -65,6 +66,8 @@ static void register_all(qemu_plugin_id_t id);
 static void on_reset(qemu_plugin_id_t id)
 {
 	set_asked(0);
+	if (oracle_active.transfers != wanted.transfers)
+		transfer_switched();
 	oracle_active = wanted;
 	register_all(id);
 	pthread_mutex_lock(&switch_lock);
@@ -129,6 +132,8 @@ static void translate_insn(struct qemu_plugin_insn *handle)
 		audit_insn(&insn);
 	if (oracle_active.watch)
 		restart_insn(&insn);
+	if (oracle_active.transfers)
+		transfer_insn(&insn);
 }
 
 static void on_translation(qemu_plugin_id_t id, struct qemu_plugin_tb *tb)
@@ -136,6 +141,8 @@ static void on_translation(qemu_plugin_id_t id, struct qemu_plugin_tb *tb)
 	size_t n = qemu_plugin_tb_n_insns(tb);
 
 	(void)id;
+	if (oracle_active.transfers)
+		transfer_block(tb);
 	for (size_t i = 0; i < n; i++)
 		translate_insn(qemu_plugin_tb_get_insn(tb, i));
 }
@@ -166,6 +173,8 @@ static bool take_argument(const char *arg)
 		oracle_lo = strtoull(arg + 3, NULL, 0);
 	else if (!strncmp(arg, "hi=", 3))
 		oracle_hi = strtoull(arg + 3, NULL, 0);
+	else if (!strcmp(arg, "transfers=on"))
+		oracle_active.transfers = true;
 	else
 		return !strncmp(arg, "ctl=", 4) && control_set_path(arg + 4);
 	return true;
@@ -191,6 +200,7 @@ int qemu_plugin_install(qemu_plugin_id_t id, const qemu_info_t *info, int argc, 
 	asked.score = qemu_plugin_scoreboard_new(sizeof(uint64_t));
 	count_init();
 	audit_init();
+	transfer_init();
 	register_all(id);
 	return 0;
 }
