@@ -124,7 +124,11 @@ class Code:
 
 def build_code(parts: Sequence[Part], sites: Sites) -> Code:
     """Decode parts, find their blocks, leave their padding out."""
-    columns = decode((part.start, part.code) for part in parts)
+    return arrange(parts, decode((part.start, part.code) for part in parts), sites)
+
+
+def arrange(parts: Sequence[Part], columns: Decoded, sites: Sites) -> Code:
+    """Find the blocks of parts that are decoded, leave their padding out."""
     part, addr = columns.stretch, columns.addr
     index = RowIndex(addr)
     jumps = columns.target[np.isin(columns.flow, (Flow.JUMP, Flow.BRANCH))]

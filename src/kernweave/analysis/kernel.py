@@ -9,12 +9,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from kernweave.analysis.code import Code, Part, build_code
+from kernweave.analysis.code import Code, Part, arrange, build_code
 from kernweave.analysis.edges import find_edges
 from kernweave.analysis.liveness import Liveness, effects, solve_liveness, walk_back
+from kernweave.analysis.normal import Print, make_print
 from kernweave.image.sites import Sites
 from kernweave.model.table import Column, columns, concat
 from kernweave.model.tables import Blocks, Edges, Functions, Instructions
+from kernweave.x86.decode import decode
 
 Addrs = npt.NDArray[np.uint64]
 U32 = npt.NDArray[np.uint32]
@@ -58,6 +60,21 @@ class KernelTables:
     stretches: Stretches
 
 
+@dataclass(frozen=True)
+class Stored:
+    """What was found for one text.
+
+    Attributes:
+        base: run-time address of the text when it was analysed.
+        tables: at that address.
+        print: the text.
+    """
+
+    base: int
+    tables: KernelTables
+    print: Print
+
+
 def analyse(parts: Sequence[Part], sites: Sites, taken: Addrs) -> KernelTables:
     """Decode parts and find their blocks, edges and liveness.
 
@@ -68,6 +85,25 @@ def analyse(parts: Sequence[Part], sites: Sites, taken: Addrs) -> KernelTables:
     """
     code = build_code(parts, sites)
     return tables_of(code, solve_liveness(code, sites), taken)
+
+
+def analyse_text(
+    parts: Sequence[Part], sites: Sites, taken: Addrs, text: bytes, base: int
+) -> Stored:
+    """The same for all parts of one text, with what tells it from others.
+
+    Args:
+        parts: ascending by address.
+        sites: the kernel's tables about its text.
+        taken: uint64[t], words that may be addresses of functions, ascending.
+        text: native bytes of all parts and what is between them.
+        base: run-time address of the first byte.
+    """
+    decoded = decode((part.start, part.code) for part in parts)
+    known = make_print(text, base, decoded, sites)
+    code = arrange(parts, decoded, sites)
+    del decoded
+    return Stored(base, tables_of(code, solve_liveness(code, sites), taken), known)
 
 
 def tables_of(code: Code, liveness: Liveness, taken: Addrs) -> KernelTables:

@@ -17,6 +17,7 @@ Rows = npt.NDArray[np.int64]
 _PATCH_BYTES = 5  # of a call or jump; a jump label may be 2, then its neighbour is compared less
 _IMAGE_SPAN = 64 << 20
 _MAP_START = 0xFFFF_FFFF_8000_0000  # __START_KERNEL_map: physical addresses are relative to it
+_LINK_BASE = 0xFFFF_FFFF_8100_0000  # where the kernel is when KASLR is off
 _LOW_END = 1 << 32
 
 
@@ -67,7 +68,8 @@ def _operands(text: bytes, base: int, decoded: Decoded, kind: str) -> tuple[Rows
     # an offset into the per-CPU area, seen from code that moves
     moves_away = relative & (place < np.uint64(_LOW_END))
     physical = base - _MAP_START
-    moves_along = ~relative & (_between(value, base) | _between(value, physical))
+    slide = value == np.uint64(base - _LINK_BASE) if base != _LINK_BASE else False
+    moves_along = ~relative & (_between(value, base) | _between(value, physical) | slide)
     chosen = moves_away | moves_along
     sign = np.where(moves_away, -1, 1)[chosen]
     return position[chosen], size[rows][chosen].astype(np.int64), sign
@@ -82,8 +84,11 @@ def _patched(count: int, base: int, decoded: Decoded, sites: Sites) -> Rows:
     tables = np.concatenate((sites.ftrace, sites.jump_labels, sites.static_calls))
     spread = (tables[:, None] + np.arange(_PATCH_BYTES, dtype=np.uint64)).ravel()
     locks = decoded.addr[(decoded.trait & Trait.LOCK) != 0]
-    trampolines = [np.arange(start, end, dtype=np.uint64) for start, end in sites.static_text]
-    addrs = np.concatenate((spread, locks, *trampolines))
+    others = [
+        np.arange(start, end, dtype=np.uint64)
+        for start, end in (*sites.static_text, *sites.other_modes)
+    ]
+    addrs = np.concatenate((spread, locks, *others))
     inside = (addrs >= np.uint64(base)) & (addrs < np.uint64(base + count))
     return np.unique((addrs[inside] - np.uint64(base)).astype(np.int64))
 

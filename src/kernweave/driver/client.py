@@ -18,6 +18,7 @@ from kernweave.driver import uapi
 from kernweave.driver.uapi import Fact, Op
 from kernweave.errors import DriverError, UnsupportedError
 
+_BUG_ENTRY = 3  # its place in the sizes of table rows
 Transport = Callable[[bytes], bytes | bytearray | memoryview]
 Rows = npt.NDArray[np.void]
 Addrs = npt.NDArray[np.uint64]
@@ -36,6 +37,7 @@ class Facts:
         cpus: possible CPUs, rows of `Driver.counters`.
         release: `uname -r`.
         version: `uname -v`.
+        bug_bytes: of a row of the bug table.
     """
 
     text_start: int
@@ -46,6 +48,7 @@ class Facts:
     cpus: int
     release: str
     version: str
+    bug_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +136,7 @@ class Driver:
             cpus=int(row["cpus"]),
             release=_text(row["release"]),
             version=_text(row["version"]),
+            bug_bytes=int(row["sizes"][_BUG_ENTRY]),
         )
 
     def _exchange(self, op: Op, payload: bytes) -> tuple[np.void, memoryview]:

@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from kernweave.errors import Reason
+from kernweave.image.columns import BUG_WARNING, decode_bugs
+from kernweave.image.rows import Span
 
 Read = Callable[[int, int], bytes]
 Addrs = npt.NDArray[np.uint64]
@@ -27,6 +29,9 @@ RETURN_THUNKS = (
     "__x86_return_thunk", "zen_untrain_ret", "srso_return_thunk", "srso_alias_return_thunk",
     "retbleed_return_thunk", "its_return_thunk", "call_depth_return_thunk",
 )  # fmt: skip
+
+#: functions that begin in 32-bit mode
+OTHER_MODES = ("pvh_start_xen",)
 
 #: functions that are copied elsewhere, patched by others, or run without their per-CPU data
 DENIED_NAMES = (
@@ -53,8 +58,9 @@ TABLES = {
     "bugs": ("__start___bug_table", "__stop___bug_table"),
 }
 
-#: bytes of one row; the driver reports the kernel's own sizes too (not compared yet)
-ROW_BYTES = {"jump_labels": 16, "static_calls": 8, "exceptions": 12, "bugs": 12}
+#: bytes of one row, the bug table's apart: they differ between kernels
+ROW_BYTES = {"jump_labels": 16, "static_calls": 8, "exceptions": 12}
+_ANYWHERE = (1 << 63, (1 << 64) - 1)
 
 _NONE: Addrs = np.zeros(0, np.uint64)
 
@@ -94,6 +100,7 @@ class Sites:
         return_thunks: functions that a `jmp` stands for `ret` to.
         thunks: [start, end): a jump or call into it is an indirect one.
         static_text: [start, end) of each stretch of static-call trampolines.
+        other_modes: [start, end) of each function that is not 64-bit code.
     """
 
     ranges: tuple[Ranges, ...] = ()
@@ -109,6 +116,7 @@ class Sites:
     return_thunks: Addrs = field(default_factory=lambda: _NONE)
     thunks: tuple[int, int] = (0, 0)
     static_text: tuple[tuple[int, int], ...] = ()
+    other_modes: tuple[tuple[int, int], ...] = ()
 
 
 def make_ranges(reason: Reason, starts: Addrs, ends: Addrs) -> Ranges:
@@ -138,6 +146,16 @@ def _sorted_pair(keys: Addrs, values: Addrs) -> tuple[Addrs, Addrs]:
 
 
 @dataclass(frozen=True, slots=True)
+class SpecialText:
+    """Text in which calls and jumps mean something else, as in `Sites`."""
+
+    return_thunks: Addrs
+    thunks: tuple[int, int] = (0, 0)
+    static_text: tuple[tuple[int, int], ...] = ()
+    other_modes: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class TableSpans:
     """(start, end) addresses of one image's tables, by the names of `TABLES`."""
 
@@ -156,7 +174,8 @@ def read_sites(
     images: Sequence[TableSpans],
     ranges: Sequence[Ranges],
     ftrace: tuple[Addrs, Addrs],
-    return_thunks: Addrs,
+    special: SpecialText,
+    bug_bytes: int,
 ) -> Sites:
     """Read the tables of the kernel and of every kmod into one set of columns.
 
@@ -165,7 +184,8 @@ def read_sites(
         images: where each image has its tables.
         ranges: denylist, noinstr text and sites in use.
         ftrace: addresses of all ftrace sites, and of those in use.
-        return_thunks: addresses of the return thunks.
+        special: text in which calls and jumps mean something else.
+        bug_bytes: of a row of the bug tables.
     """
 
     def column(name: str, off: int) -> Addrs:
@@ -173,6 +193,7 @@ def read_sites(
         return np.concatenate(parts) if parts else _NONE
 
     jump_labels, jump_targets = _sorted_pair(column("jump_labels", 0), column("jump_labels", 4))
+    bugs, fatal = _read_bugs(read, images, bug_bytes)
     exceptions, fixups = _sorted_pair(column("exceptions", 0), column("exceptions", 4))
     return Sites(
         ranges=tuple(ranges),
@@ -181,8 +202,25 @@ def read_sites(
         static_calls=np.sort(column("static_calls", 0)),
         exceptions=exceptions,
         fixups=fixups,
-        bugs=np.sort(column("bugs", 0)),
+        bugs=bugs,
+        fatal_bugs=fatal,
         ftrace=np.sort(ftrace[0]),
         ftrace_busy=np.sort(ftrace[1]),
-        return_thunks=np.sort(return_thunks),
+        return_thunks=np.sort(special.return_thunks),
+        thunks=special.thunks,
+        static_text=special.static_text,
+        other_modes=special.other_modes,
     )
+
+
+def _read_bugs(read: Read, images: Sequence[TableSpans], size: int) -> tuple[Addrs, Addrs]:
+    """Addresses of all bug-table entries, and of those that do not come back."""
+    spans = [one.spans.get("bugs", (0, 0)) for one in images]
+    tables = [
+        decode_bugs(Span("bugs", start, read(start, end - start), _ANYWHERE), size)
+        for start, end in spans
+        if end > start
+    ]
+    addr = np.concatenate([_NONE, *(table.addr for table in tables)])
+    warns = np.concatenate([np.zeros(0, bool), *(table.flags & BUG_WARNING for table in tables)])
+    return np.sort(addr), np.sort(addr[warns == 0])

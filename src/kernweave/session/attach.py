@@ -50,12 +50,26 @@ class Choice:
     refused: tuple[Refused, ...]
 
 
-def choose(resolved: Resolved, sites: Sites, rules: Rules) -> Choice:
-    """Place what can be placed, refuse the rest with a reason each."""
+def choose(
+    resolved: Resolved,
+    sites: Sites,
+    rules: Rules,
+    live_of: Callable[[Code], npt.NDArray[np.uint32]],
+) -> Choice:
+    """Place what can be placed, refuse the rest with a reason each.
+
+    Args:
+        resolved: what was asked for.
+        sites: the kernel's tables.
+        rules: what the kernel allows.
+        live_of: finds what is live before each instruction of some functions.
+    """
     code = resolved.code
     rows, back = np.unique(resolved.rows, return_inverse=True)
     placement = place(code, rows, sites, rules)
-    live = live_before(code, sites)
+    # a function's ftrace site tells by itself what is dead there, and a trap needs nothing dead
+    alone = Tactic.JMP32 not in placement.tactic
+    live = live_before(code, sites) if alone else live_of(code)
     refused = list(resolved.refused)
     too_many = _traps_beyond(placement)
     kept: list[int] = []

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from kernweave.analysis.code import Code, Part, build_code
 from kernweave.analysis.expand import select_rows
+from kernweave.analysis.parts import trim
 from kernweave.errors import Reason
 from kernweave.image.sites import contains
 from kernweave.image.symbols import Symbols
@@ -20,7 +21,6 @@ from kernweave.session.view import KernelView
 
 _ENDBR_BYTES = 4
 _NOP_BYTES = 5
-_KEPT_FILLER = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +197,7 @@ class Resolver:
     def _text(self, parts: Sequence[Named]) -> list[bytes]:
         starts = np.array([one.start for one in parts], np.uint64)
         ends = np.array([self._read_end(one) for one in parts], np.uint64)
-        return [_trim(text) for text in self._view.read_text(starts, ends)]
+        return [trim(text) for text in self._view.read_text(starts, ends)]
 
     def _read_end(self, named: Named) -> int:
         """For an entry that is an ftrace nop its bytes are all that is needed."""
@@ -262,12 +262,6 @@ class Resolver:
         starts = [named.start, *(cold.start for cold in self._cold.get(named.start, []))]
         parts = [self._part_rows[start] for start in starts]
         return KIND_OF[spec.selector], select_rows(code, parts, spec.selector)
-
-
-def _trim(text: bytes) -> bytes:
-    """Text without the filler up to the next symbol, which may be megabytes."""
-    # some of it stays, in case the last instruction ends in such bytes
-    return text[: len(text.rstrip(b"\xcc")) + _KEPT_FILLER]
 
 
 def _end(image: Symbols, addr: int) -> int:

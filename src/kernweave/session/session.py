@@ -20,7 +20,6 @@ import numpy as np
 import numpy.typing as npt
 
 from kernweave.analysis.code import Code, Part, build_code
-from kernweave.analysis.liveness import live_before
 from kernweave.driver.client import BusyError, Driver
 from kernweave.driver.records import ExitStatus
 from kernweave.driver.uapi import Fact
@@ -28,6 +27,7 @@ from kernweave.errors import DriverError, KernweaveError, UsageError
 from kernweave.lab.cache import cache_dir
 from kernweave.model.plan import Tactic
 from kernweave.model.point import parse_point
+from kernweave.session.analysis import Analysis
 from kernweave.session.attach import (
     Amend,
     Choice,
@@ -100,6 +100,7 @@ class Session:
         try:
             self._driver = _open_driver(self._link, writer)
             self._view = KernelView(self._driver, cache_dir())
+            self._analysis = Analysis(self._view, cache_dir(), progress)
         except BaseException:
             self._link.close()
             raise
@@ -180,7 +181,7 @@ class Session:
         check_refusals(
             Choice(resolved.points, (), resolved.rows, resolved.refused), resolved, False
         )
-        return resolved.code, live_before(resolved.code, self._view.sites)
+        return resolved.code, self._analysis.live(resolved.code)
 
     def functions(self, glob: str = "*") -> list[FunctionInfo]:
         """Functions whose names match, in address order; kmods included."""
@@ -198,7 +199,7 @@ class Session:
             rules = rules_for(self._driver.facts.flags, self._tactics(tactics))
             resolved = Resolver(self._view).resolve(specs)
             if self._view.is_current():
-                return resolved, choose(resolved, self._view.sites, rules)
+                return resolved, choose(resolved, self._view.sites, rules, self._analysis.live)
         raise DriverError("kprobes come and go too fast to read this kernel's text", errno.EBUSY)
 
     def count(

@@ -17,12 +17,13 @@ from kernweave.image.kallsyms import read_kallsyms
 from kernweave.image.sites import (
     DENIED_NAMES,
     DENIED_PREFIXES,
+    OTHER_MODES,
     RETURN_THUNKS,
-    ROW_BYTES,
     TABLES,
     TEXT_RANGES,
     Ranges,
     Sites,
+    SpecialText,
     TableSpans,
     make_ranges,
     read_sites,
@@ -62,9 +63,11 @@ class KernelView:
     def __init__(self, driver: Driver, cache: Path) -> None:
         """Read the kernel's symbols, or take those stored for its build id."""
         self.driver = driver
+        self.build_id: str | None = None
         self._kernel = self._kernel_symbols(cache)
         self._table_spans = self._kernel_tables()
         self._static_ranges = self._denied_text()
+        self._special = self._special_text()
         self._kmods: dict[bytes, Symbols] = {}
         self._images: list[Symbols] | None = None
         self._sites = Sites()
@@ -91,8 +94,9 @@ class KernelView:
     def _kernel_symbols(self, cache: Path) -> Symbols:
         facts, driver = self.driver.facts, self.driver
         notes = driver.lookup(["__start_notes", "__stop_notes"])
-        ident = build_id(driver.read(notes[0], notes[1] - notes[0])) if all(notes) else None
-        folder = cache / "symbols" / ident if ident else None
+        if all(notes):
+            self.build_id = build_id(driver.read(notes[0], notes[1] - notes[0]))
+        folder = cache / "symbols" / self.build_id if self.build_id else None
         found = folder and load_symbols(folder, facts.text_start, facts.text_end)
         if found:
             return found
@@ -151,7 +155,7 @@ class KernelView:
 
     def _denied_functions(self) -> list[int]:
         names = [name for name in self._kernel.by_name if name.startswith(DENIED_PREFIXES)]
-        return [addr for name in (*DENIED_NAMES, *names) for addr in self._kernel.find(name)]
+        return self._named((*DENIED_NAMES, *names))
 
     def refresh(self) -> None:
         """Read again what changes: kmods, kprobes, ftrace, sites of kernweave."""
@@ -173,8 +177,23 @@ class KernelView:
             images,
             [*self._static_ranges, *self._loaded_ranges(kmods), *_in_use(kprobes, placed)],
             (records, self._busy_records(np.setdiff1d(records, ours))),
-            _u64([addr for name in RETURN_THUNKS for addr in self._kernel.find(name)]),
+            self._special,
+            driver.facts.bug_bytes,
         )
+
+    def _special_text(self) -> SpecialText:
+        names = ("__indirect_thunk_start", "__indirect_thunk_end")
+        more = ("__static_call_text_start", "__static_call_text_end")
+        thunk_start, thunk_end, *static = self.driver.lookup([*names, *more])
+        return SpecialText(
+            _u64(self._named(RETURN_THUNKS)),
+            (thunk_start, thunk_end),
+            ((static[0], static[1]),),
+            tuple(span for span in map(self._kernel.bounds, self._named(OTHER_MODES)) if span),
+        )
+
+    def _named(self, names: Sequence[str]) -> list[int]:
+        return [addr for name in names for addr in self._kernel.find(name)]
 
     def is_current(self) -> bool:
         """Whether nobody armed or removed a probe since `refresh`: then the text read is native."""
@@ -256,6 +275,4 @@ def _in_use(kprobes: Rows, placed: Rows) -> list[Ranges]:
 
 
 def _kmod_spans(row: np.void) -> TableSpans:
-    return TableSpans(
-        {name: (int(row[name]["start"]), int(row[name]["end"])) for name in ROW_BYTES}
-    )
+    return TableSpans({name: (int(row[name]["start"]), int(row[name]["end"])) for name in TABLES})

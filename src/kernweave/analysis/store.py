@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A kernel's tables on disk, for every later boot of the same text.
+
+Addresses are stored as offsets from the first byte of text.  One folder holds what was found for
+one text; a kernel has several where CPUs or boot options differ, because the kernel patches
+itself at boot.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kernweave.analysis.kernel import KernelTables, Stored, Stretches
+from kernweave.analysis.normal import Print, differing
+from kernweave.model.table import Column, columns, load_tables, save_tables
+from kernweave.model.tables import Blocks, Edges, Functions, Instructions
+
+SCHEMA = 1  # of the folders; one more whenever the analysis finds something else
+MAX_TEXTS = 6  # per build id; the oldest goes
+_ADDRESSES = {"addr", "last", "target"}
+_NOWHERE = np.uint32(0xFFFF_FFFF)
+_KINDS: dict[str, Any] = {
+    "functions": Functions,
+    "instructions": Instructions,
+    "blocks": Blocks,
+    "edges": Edges,
+    "stretches": Stretches,
+    "print": Print,
+}
+
+
+@dataclass(frozen=True)
+class Found:
+    """A stored analysis that fits the text at hand.
+
+    Attributes:
+        tables: at the addresses of this boot.
+        differs: int64[d], byte positions where the text differs from the one analysed.
+    """
+
+    tables: KernelTables
+    differs: npt.NDArray[np.int64]
+
+
+def save(folder: Path, found: Stored) -> None:
+    """Store under the folder of a build id."""
+    arrays: dict[str, Column] = {}
+    tables = {name: getattr(found.tables, name) for name in _KINDS if name != "print"}
+    for name, table in (*tables.items(), ("print", found.print)):
+        relative = name not in ("edges", "print")
+        for field, column in columns(table).items():
+            moves = relative and field in _ADDRESSES
+            arrays[f"{name}.{field}"] = _offsets(column, found.base) if moves else column
+    arrays["names"] = np.frombuffer("\n".join(found.tables.names).encode(), np.uint8)
+    digest = hashlib.sha256(found.print.text.tobytes()).hexdigest()[:16]
+    save_tables(folder / digest, {"schema": SCHEMA, "base": found.base}, arrays)
+    _forget_oldest(folder)
+
+
+def find(folder: Path, text: bytes, base: int, most: int) -> Found | None:
+    """The stored analysis of the text that differs least from `text`.
+
+    Args:
+        folder: of the build id.
+        text: the text at hand.
+        base: its run-time address.
+        most: how many bytes may differ.
+    """
+    best: tuple[int, Path, int, npt.NDArray[np.int64]] | None = None
+    for one in sorted(folder.glob("*")):
+        known = _load_print(one)
+        if known is None or len(known[1].text) != len(text):
+            continue
+        positions = differing(known[1], text, base - known[0])
+        if len(positions) <= most and (best is None or len(positions) < best[0]):
+            best = (len(positions), one, known[0], positions)
+    if best is None:
+        return None
+    tables = _load(best[1], base, best[2])
+    return None if tables is None else Found(tables, best[3])
+
+
+def _head(folder: Path) -> dict[str, Any] | None:
+    """What `load_tables` must find: the schema, and whatever base it was analysed at."""
+    import json
+
+    try:
+        base = json.loads((folder / "table.json").read_text())["base"]
+    except (OSError, ValueError, KeyError, TypeError):
+        base = None
+    return {"schema": SCHEMA, "base": base}
+
+
+def _load_print(folder: Path) -> tuple[int, Print] | None:
+    head = _head(folder)
+    arrays = load_tables(folder, head) if head else None
+    if arrays is None or head is None:
+        return None
+    try:
+        return int(head["base"]), Print(**_of(arrays, "print"))
+    except (KeyError, TypeError):
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
+
+
+def _of(arrays: dict[str, Column], name: str) -> dict[str, Column]:
+    prefix = f"{name}."
+    return {key[len(prefix) :]: a for key, a in arrays.items() if key.startswith(prefix)}
+
+
+def _load(folder: Path, base: int, then: int) -> KernelTables | None:
+    arrays = load_tables(folder, {"schema": SCHEMA, "base": then})
+    if arrays is None:
+        return None
+    tables: dict[str, Any] = {}
+    for name, kind in _KINDS.items():
+        found = _of(arrays, name)
+        if name == "print":
+            continue
+        for field in _ADDRESSES & found.keys():
+            if name != "edges":
+                found[field] = _addresses(found[field], base)
+        tables[name] = kind(**found)
+    return KernelTables(tuple(arrays["names"].tobytes().decode().split("\n")), **tables)
+
+
+def _offsets(addrs: Column, base: int) -> npt.NDArray[np.uint32]:
+    """Addresses from the base on; what is not near becomes "nowhere"."""
+    off = addrs - np.uint64(base)
+    return np.where(off < np.uint64(_NOWHERE), off, _NOWHERE).astype(np.uint32)
+
+
+def _addresses(offsets: Column, base: int) -> npt.NDArray[np.uint64]:
+    wide = offsets.astype(np.uint64)
+    wide += np.uint64(base)
+    wide[offsets == _NOWHERE] = 0
+    return wide
+
+
+def _forget_oldest(folder: Path) -> None:
+    kept = sorted(folder.glob("[!.]*"), key=lambda path: path.stat().st_mtime)
+    for path in kept[:-MAX_TEXTS]:
+        shutil.rmtree(path, ignore_errors=True)
