@@ -16,6 +16,8 @@ def _mask(*names: str) -> int:
 
 #: what a callee may read; rax: number of vector registers, of a function with varying arguments
 ARGUMENTS = _mask("rax", "rdi", "rsi", "rdx", "rcx", "r8", "r9", "rsp")
+#: registers of the arguments, in their order
+ARGUMENT_BITS = tuple(REG_NAMES.index(name) for name in ("rdi", "rsi", "rdx", "rcx", "r8", "r9"))
 #: what a callee gives back unchanged
 KEPT = _mask("rbx", "rbp", "rsp", "r12", "r13", "r14", "r15")
 RESULTS = _mask("rax", "rdx")

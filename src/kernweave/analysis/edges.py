@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kernweave.analysis.code import Code
+from kernweave.analysis.convention import ARGUMENT_BITS
 from kernweave.analysis.flow import CALLS, Beyond
 from kernweave.analysis.liveness import Liveness
 from kernweave.model.tables import EdgeKind, Edges
@@ -62,7 +63,14 @@ def find_edges(code: Code, liveness: Liveness, block: I32) -> Edges:
         target=np.concatenate(targets).astype(np.int32)[order],
         kind=kinds[order],
         insn=last[stretch][order].astype(np.int32),
+        arguments=_arguments(liveness.holds[stretch][order]),
     )
+
+
+def _arguments(holds: npt.NDArray[np.uint32]) -> npt.NDArray[np.int8]:
+    """How many argument registers hold a value before the first that holds none."""
+    filled = np.stack([(holds >> bit & 1).astype(bool) for bit in ARGUMENT_BITS])
+    return np.asarray(np.logical_and.accumulate(filled).sum(axis=0), np.int8)
 
 
 def _is_indirect(code: Code) -> Mask:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,27 +75,40 @@ class Stored:
     print: Print
 
 
-def analyse(parts: Sequence[Part], sites: Sites, taken: Addrs) -> KernelTables:
+@dataclass(frozen=True)
+class Hints:
+    """What is known of functions from elsewhere than their code.
+
+    Attributes:
+        taken: uint64[t], words that may be addresses of functions, ascending.
+        arguments: registers a function's prototype needs for arguments, by its symbol.
+    """
+
+    taken: Addrs
+    arguments: Mapping[str, int]
+
+
+def analyse(parts: Sequence[Part], sites: Sites, hints: Hints) -> KernelTables:
     """Decode parts and find their blocks, edges and liveness.
 
     Args:
         parts: ascending by address.
         sites: the kernel's tables about its text.
-        taken: uint64[t], words that may be addresses of functions, ascending.
+        hints: what is known of functions from elsewhere.
     """
     code = build_code(parts, sites)
-    return tables_of(code, solve_liveness(code, sites), taken)
+    return tables_of(code, solve_liveness(code, sites), hints)
 
 
 def analyse_text(
-    parts: Sequence[Part], sites: Sites, taken: Addrs, text: bytes, base: int
+    parts: Sequence[Part], sites: Sites, hints: Hints, text: bytes, base: int
 ) -> Stored:
     """The same for all parts of one text, with what tells it from others.
 
     Args:
         parts: ascending by address.
         sites: the kernel's tables about its text.
-        taken: uint64[t], words that may be addresses of functions, ascending.
+        hints: what is known of functions from elsewhere.
         text: native bytes of all parts and what is between them.
         base: run-time address of the first byte.
     """
@@ -103,10 +116,10 @@ def analyse_text(
     known = make_print(text, base, decoded, sites)
     code = arrange(parts, decoded, sites)
     del decoded
-    return Stored(base, tables_of(code, solve_liveness(code, sites), taken), known)
+    return Stored(base, tables_of(code, solve_liveness(code, sites), hints), known)
 
 
-def tables_of(code: Code, liveness: Liveness, taken: Addrs) -> KernelTables:
+def tables_of(code: Code, liveness: Liveness, hints: Hints) -> KernelTables:
     """Put what was found into tables."""
     graph = liveness.graph
     leader = code.leader.copy()
@@ -134,7 +147,7 @@ def tables_of(code: Code, liveness: Liveness, taken: Addrs) -> KernelTables:
     )
     return KernelTables(
         names=tuple(part.name for part in code.parts),
-        functions=_functions(code, liveness, block, taken),
+        functions=_functions(code, liveness, block, hints),
         instructions=instructions,
         blocks=blocks,
         edges=find_edges(code, liveness, block),
@@ -161,7 +174,7 @@ def _behind_noreturn(code: Code, liveness: Liveness) -> Rows:
 
 
 def _functions(
-    code: Code, liveness: Liveness, block: npt.NDArray[np.int32], taken: Addrs
+    code: Code, liveness: Liveness, block: npt.NDArray[np.int32], hints: Hints
 ) -> Functions:
     parts = code.parts
     numbers = np.arange(len(parts))
@@ -185,7 +198,8 @@ def _functions(
         blocks=np.where(empty, 0, block[last] - block[row] + 1).astype(np.int32),
         is_c=np.array([part.is_c for part in parts], bool),
         returns=liveness.returns[entry] | empty,
-        address_taken=_in(addr, taken) | _in(addr, operands),
+        address_taken=_in(addr, hints.taken) | _in(addr, operands),
+        arguments=np.array([hints.arguments.get(p.symbol, -1) for p in parts], np.int8),
     )
 
 

@@ -76,6 +76,7 @@ class Liveness:
         writes: uint32[n], overwritten by each whatever happens.
         after: uint32[s], live behind each stretch, but before what its call overwrites or keeps.
         at: uint32[s], live before each stretch.
+        holds: uint32[s], what may hold a value behind each stretch, before its call.
         returns: bool[s], whether control that arrives at a stretch may reach a return.
     """
 
@@ -86,6 +87,7 @@ class Liveness:
     writes: U32
     after: U32
     at: U32
+    holds: U32
     returns: Mask
 
     def before(self, rows: Rows) -> U32:
@@ -136,7 +138,8 @@ def solve_liveness(code: Code, sites: Sites) -> Liveness:
     count = len(graph.first)
     after = flatten(_out(state, system, np.arange(count)))
     returns = (state[:count] >> np.uint64(63)).astype(bool)
-    return Liveness(code, sites, graph, reads, writes, after, flatten(state[:count]), returns)
+    at = flatten(state[:count])
+    return Liveness(code, sites, graph, reads, writes, after, at, holds, returns)
 
 
 @dataclass(frozen=True)

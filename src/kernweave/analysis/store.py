@@ -9,6 +9,7 @@ itself at boot.
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from kernweave.model.tables import Blocks, Edges, Functions, Instructions
 SCHEMA = 1  # of the folders; one more whenever the analysis finds something else
 MAX_TEXTS = 6  # per build id; the oldest goes
 _ADDRESSES = {"addr", "last", "target"}
+_WITHOUT_ADDRESSES = ("edges", "print")
 _NOWHERE = np.uint32(0xFFFF_FFFF)
 _KINDS: dict[str, Any] = {
     "functions": Functions,
@@ -54,7 +56,7 @@ def save(folder: Path, found: Stored) -> None:
     arrays: dict[str, Column] = {}
     tables = {name: getattr(found.tables, name) for name in _KINDS if name != "print"}
     for name, table in (*tables.items(), ("print", found.print)):
-        relative = name not in ("edges", "print")
+        relative = name not in _WITHOUT_ADDRESSES
         for field, column in columns(table).items():
             moves = relative and field in _ADDRESSES
             arrays[f"{name}.{field}"] = _offsets(column, found.base) if moves else column
@@ -87,24 +89,21 @@ def find(folder: Path, text: bytes, base: int, most: int) -> Found | None:
     return None if tables is None else Found(tables, best[3])
 
 
-def _head(folder: Path) -> dict[str, Any] | None:
-    """What `load_tables` must find: the schema, and whatever base it was analysed at."""
-    import json
-
+def _base(folder: Path) -> int | None:
+    """Where the text was when it was analysed."""
     try:
-        base = json.loads((folder / "table.json").read_text())["base"]
+        return int(json.loads((folder / "table.json").read_text())["base"])
     except (OSError, ValueError, KeyError, TypeError):
-        base = None
-    return {"schema": SCHEMA, "base": base}
+        return None
 
 
 def _load_print(folder: Path) -> tuple[int, Print] | None:
-    head = _head(folder)
-    arrays = load_tables(folder, head) if head else None
-    if arrays is None or head is None:
+    base = _base(folder)
+    arrays = load_tables(folder, {"schema": SCHEMA, "base": base})
+    if arrays is None or base is None:
         return None
     try:
-        return int(head["base"]), Print(**_of(arrays, "print"))
+        return base, Print(**_of(arrays, "print"))
     except (KeyError, TypeError):
         shutil.rmtree(folder, ignore_errors=True)
         return None
@@ -120,15 +119,18 @@ def _load(folder: Path, base: int, then: int) -> KernelTables | None:
     if arrays is None:
         return None
     tables: dict[str, Any] = {}
-    for name, kind in _KINDS.items():
-        found = _of(arrays, name)
-        if name == "print":
-            continue
-        for field in _ADDRESSES & found.keys():
-            if name != "edges":
-                found[field] = _addresses(found[field], base)
-        tables[name] = kind(**found)
-    return KernelTables(tuple(arrays["names"].tobytes().decode().split("\n")), **tables)
+    try:
+        for name, kind in _KINDS.items():
+            found = _of(arrays, name)
+            for field in _ADDRESSES & found.keys():
+                if name not in _WITHOUT_ADDRESSES:
+                    found[field] = _addresses(found[field], base)
+            tables[name] = kind(**found)
+        del tables["print"]
+        return KernelTables(tuple(arrays["names"].tobytes().decode().split("\n")), **tables)
+    except (KeyError, TypeError):  # written by another version
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
 
 
 def _offsets(addrs: Column, base: int) -> npt.NDArray[np.uint32]:

@@ -27,7 +27,7 @@ def list_(obj: dict[str, Any], glob: str, as_json: bool) -> None:
       kernweave list '9p:*'
     """  # noqa: D301
     with connect(obj["target"], writer=False, progress=progress) as session:
-        found = session.functions(glob)
+        found = session.list_functions(glob)
     if not found:
         raise RefusedError(f"no function matches {glob}", help="globs are * ? [abc]")
     if as_json:

@@ -46,6 +46,8 @@ class Functions:
         is_c: bool[f], has an ftrace site, so the C calling convention holds.
         returns: bool[f], some path may reach its return.
         address_taken: bool[f], its address is an operand or a word of the kernel's data.
+        arguments: int8[f], how many registers its prototype needs for arguments; -1 if that is
+            not known.
     """
 
     addr: U64
@@ -59,6 +61,7 @@ class Functions:
     is_c: Mask
     returns: Mask
     address_taken: Mask
+    arguments: npt.NDArray[np.int8]
 
 
 @dataclass(frozen=True)
@@ -118,9 +121,12 @@ class Edges:
         target: int32[e], row of a block, -1 where the kind has none or it is not in the tables.
         kind: uint8[e], `EdgeKind`.
         insn: int32[e], row of the instruction that leads there.
+        arguments: int8[e], of an indirect call or jump of C code: how many argument registers, in
+            their order, may hold a value; 6 where that is not known.
     """
 
     source: I32
     target: I32
     kind: U8
     insn: I32
+    arguments: npt.NDArray[np.int8]

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from kernweave.analysis.code import Code
 from kernweave.analysis.kernel import (
+    Hints,
     KernelTables,
     Stretches,
     analyse,
@@ -23,6 +24,7 @@ from kernweave.analysis.kernel import (
 from kernweave.analysis.liveness import live_before as live_alone
 from kernweave.analysis.parts import make_parts
 from kernweave.analysis.store import find, save
+from kernweave.image.btf import Btf, read_btf
 from kernweave.image.symbols import Symbols
 from kernweave.model.table import select
 from kernweave.session.view import KernelView
@@ -105,10 +107,31 @@ class Analysis:
         self._progress("analysing the kernel (once)")
         sites = self._view.sites
         parts = make_parts(image, base, text, sites)
-        found = analyse_text(parts, sites, self._taken_addresses(), text, base)
+        hints = Hints(self._taken_addresses(), self._arguments())
+        found = analyse_text(parts, sites, hints, text, base)
         if self._folder:
             save(self._folder, found)
         return KernelImage(found.tables, np.zeros(len(parts), bool), False)
+
+    def _arguments(self) -> dict[str, int]:
+        """Argument registers of every function that BTF knows by one prototype."""
+        btf = self.btf
+        if btf is None:
+            return {}
+        rows = zip(btf.functions.name_off.tolist(), btf.argument_registers.tolist(), strict=True)
+        found: dict[str, int] = {}
+        for off, count in rows:
+            name = btf.name(off)
+            found[name] = count if found.get(name, count) == count else -1
+        return found
+
+    @cached_property
+    def btf(self) -> Btf | None:
+        """The kernel's types; None if it was built without."""
+        spans = self._spans((("__start_BTF", "__stop_BTF"),))
+        if not spans:
+            return None
+        return read_btf(self._view.driver.read(spans[0][0], spans[0][1] - spans[0][0]))
 
     def _taken_addresses(self) -> Addrs:
         """What the kernel's data may hold as addresses of functions, and what it exports."""
@@ -141,8 +164,7 @@ class Analysis:
         bounds = (np.array([edge], np.uint64) for edge in (start, image.end))
         text = self._view.read_text(*bounds)[0]
         parts = make_parts(image, start, text, self._view.sites)
-        every = np.array(image.starts, np.uint64)
-        return analyse(parts, self._view.sites, every)
+        return analyse(parts, self._view.sites, Hints(np.array(image.starts, np.uint64), {}))
 
 
 def _functions_at(tables: KernelTables, positions: npt.NDArray[np.int64], base: int) -> Mask:

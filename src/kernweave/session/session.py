@@ -40,6 +40,7 @@ from kernweave.session.attach import (
 from kernweave.session.attachment import Attachment
 from kernweave.session.resolve import Resolved, Resolver
 from kernweave.session.survey import FunctionInfo, SiteVerdict, list_functions, verdicts
+from kernweave.session.tables import FunctionTable, Kernel, Table
 from kernweave.session.target import AnyLink, open_link
 from kernweave.session.view import KernelView
 from kernweave.splice.hook import bind_hook, hook_row, hook_size
@@ -97,6 +98,7 @@ class Session:
         self._attachments: list[Attachment] = []
         self._hooked = False
         self._fresh = True
+        self._tables: Kernel | None = None
         try:
             self._driver = _open_driver(self._link, writer)
             self._view = KernelView(self._driver, cache_dir())
@@ -137,6 +139,11 @@ class Session:
     def driver(self) -> Driver:
         """The driver's client, for tools that need more than counts."""
         return self._driver
+
+    @property
+    def analysis(self) -> Analysis:
+        """What analysis found, and whether the cache had it."""
+        return self._analysis
 
     @property
     def view(self) -> KernelView:
@@ -183,10 +190,44 @@ class Session:
         )
         return resolved.code, self._analysis.live(resolved.code)
 
-    def functions(self, glob: str = "*") -> list[FunctionInfo]:
+    def list_functions(self, glob: str = "*") -> list[FunctionInfo]:
         """Functions whose names match, in address order; kmods included."""
         self._view.refresh()
         return list_functions(self._view, parse_point(glob))
+
+    # ---- tables --------------------------------------------------------------------------------
+
+    @property
+    def tables(self) -> Kernel:
+        """Every function, block, instruction and edge of the kernel and of the kmods loaded now.
+
+        They are made once per session: what is loaded later is not among them.
+        """
+        if self._tables is None:
+            self._view.refresh()
+            names = [image.kmod or "vmlinux" for image in self._view.images]
+            self._tables = Kernel(self._analysis.tables(), names, lambda: self._analysis.btf)
+        return self._tables
+
+    @property
+    def functions(self) -> FunctionTable:
+        """Functions by name: `k.functions["vfs_read"].blocks`; all of them by `columns()`."""
+        return self.tables.functions
+
+    @property
+    def blocks(self) -> Table:
+        """Basic blocks, with what is live before each."""
+        return self.tables.blocks
+
+    @property
+    def instructions(self) -> Table:
+        """Instructions, padding left out."""
+        return self.tables.instructions
+
+    @property
+    def edges(self) -> Table:
+        """Edges of the control-flow graph."""
+        return self.tables.edges
 
     def _choose(
         self, points: Sequence[str], tactics: Sequence[str] | None
