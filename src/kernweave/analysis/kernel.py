@@ -277,8 +277,8 @@ def _shift(one: KernelTables, shifts: dict[str, int], image: int) -> KernelTable
                 found[name] = np.where(column < 0, column, column + by)
         return found
 
-    functions = Functions(**moved(one.functions))
-    functions.kmod[:] = image
+    kmod = np.full(len(one.names), image, np.int16)
+    functions = Functions(**{**moved(one.functions), "kmod": kmod})
     return KernelTables(
         one.names,
         functions,
