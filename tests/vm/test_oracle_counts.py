@@ -161,10 +161,14 @@ def test_traps_and_missed_hits_equal_the_oracle(machine: OracleLab) -> None:
     addrs = [point.addr for point in attachment.placed]
     assert len(addrs) > 200 and set(attachment.tactics()) == {"int3"}
     counted = attachment.hits() + attachment.missed()
-    assert executed.at_code(addrs, [INT3] * len(addrs)).tolist() == counted.tolist()
-    assert (counted > 0).sum() > 100 and attachment.text_restored
+    arrivals = executed.at_code(addrs, [INT3] * len(addrs))
+    exact = attachment.exact()
+    assert counted[exact].tolist() == arrivals[exact].tolist()
+    # two CPUs that miss at the same time may count one miss
+    assert (counted <= arrivals).all() and (attachment.missed()[~exact] > 0).all()
+    assert (counted[exact] > 0).sum() > 100 and attachment.text_restored
     # a check that cannot fail is a defect
-    assert executed.at_code(addrs, [INT3] * len(addrs)).tolist() != (counted + 1).tolist()
+    assert arrivals[exact].tolist() != (counted[exact] + 1).tolist()
 
 
 # ---- seeded faults -----------------------------------------------------------------------------

@@ -29,6 +29,8 @@ MAX_TRAPS = 4000
 _TRAPS_AT_ONCE = 64
 _PER_CHUNK = uapi.MAX_PERCPU // COUNTER_BYTES
 
+#: what to overwrite before a counter, from its address and the mask of what is dead there
+Clobber = Callable[[int, int], int]
 #: changes a plan before it is committed: tests seed faults with it
 Amend = Callable[[Plan], Plan]
 
@@ -113,6 +115,15 @@ def _site(code: Code, row: int, tactic: Tactic | None, live: int) -> Site:
     length = int(code.length[row])
     text = part.code[at : at + max(length, SITE_BYTES)]
     return Site(int(code.addr[row]), text, length, tactic, ALL_MASK & ~live)
+
+
+def clobbering(choice: Choice, clobber: Clobber) -> Choice:
+    """The same choice with code before each counter that jumps, which overwrites registers."""
+    sites = tuple(
+        site if site.tactic is Tactic.INT3 else replace(site, clobber=clobber(site.addr, site.dead))
+        for site in choice.sites
+    )
+    return replace(choice, sites=sites)
 
 
 def rules_for(flags: Fact, tactics: Sequence[Tactic]) -> Rules:

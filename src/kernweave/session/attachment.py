@@ -178,9 +178,14 @@ class Attachment:
         return np.asarray(self._missed[self._inside.site])
 
     def exact(self) -> npt.NDArray[np.bool_]:
-        """bool[m]: whether each count is final and complete."""
+        """bool[m]: whether each count is final and complete.
+
+        Once a trap has missed hits it is not: two CPUs that miss at once may count one miss,
+        because the kernel's own counter of them is shared (kprobes_inc_nmissed_count).
+        """
         final = self._hits is not None
-        return np.asarray(final & ~self._evicted[self._inside.site])
+        site = self._inside.site
+        return np.asarray(final & ~self._evicted[site] & (self._missed[site] == 0))
 
     def rows(self) -> list[Count]:
         """One `Count` per placed point, in the order asked for."""

@@ -14,7 +14,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -31,15 +31,25 @@ from kernweave.session.analysis import Analysis
 from kernweave.session.attach import (
     Amend,
     Choice,
+    Clobber,
     check_refusals,
     choose,
+    clobbering,
     commit,
     make_pokes,
     rules_for,
 )
 from kernweave.session.attachment import Attachment
+from kernweave.session.listing import InsnInfo, Listing
+from kernweave.session.query import open_database
 from kernweave.session.resolve import Resolved, Resolver
-from kernweave.session.survey import FunctionInfo, SiteVerdict, list_functions, verdicts
+from kernweave.session.survey import (
+    FunctionInfo,
+    SiteVerdict,
+    list_functions,
+    prototype_of,
+    verdicts,
+)
 from kernweave.session.tables import FunctionTable, Kernel, Table
 from kernweave.session.target import AnyLink, open_link
 from kernweave.session.view import KernelView
@@ -195,6 +205,10 @@ class Session:
         self._view.refresh()
         return list_functions(self._view, parse_point(glob))
 
+    def prototype(self, function: FunctionInfo) -> str | None:
+        """C declaration of a listed function; None where BTF has none or several of its name."""
+        return prototype_of(self._analysis.btf, function.kmod, function.symbol)
+
     # ---- tables --------------------------------------------------------------------------------
 
     @property
@@ -205,8 +219,8 @@ class Session:
         """
         if self._tables is None:
             self._view.refresh()
-            names = [image.kmod or "vmlinux" for image in self._view.images]
-            self._tables = Kernel(self._analysis.tables(), names, lambda: self._analysis.btf)
+            symbols = list(self._view.images)
+            self._tables = Kernel(self._analysis.tables(), symbols, lambda: self._analysis.btf)
         return self._tables
 
     @property
@@ -229,6 +243,38 @@ class Session:
         """Edges of the control-flow graph."""
         return self.tables.edges
 
+    @property
+    def calls(self) -> Table:
+        """Direct calls and jumps from function to function, one row per site."""
+        return self.tables.calls
+
+    def listing(self, function: str) -> list[InsnInfo]:
+        """The instructions of a function and its cold parts: text, edges, tactic, what is dead.
+
+        Raises:
+            RefusedError: no such function, or several of that name.
+        """
+        kernel = self.tables
+        resolved, choice = self._choose([f"{function}@insns"], None)
+        check_refusals(
+            Choice(resolved.points, (), resolved.rows, resolved.refused), resolved, False
+        )
+        live = self._analysis.live(resolved.code)
+        listing = Listing(kernel, resolved.code, self._view.sites)
+        return listing.rows(live, verdicts(resolved, choice))
+
+    def database(self) -> Any:
+        """A DuckDB connection (duckdb.DuckDBPyConnection) with the tables as views.
+
+        Raises:
+            UnsupportedError: DuckDB is not installed.
+
+        Example:
+            >>> with kernweave.connect() as k:  # doctest: +SKIP
+            ...     k.database().sql("select edge_kind(kind), count(*) from edges group by all")
+        """
+        return open_database(self.tables)
+
     def _choose(
         self, points: Sequence[str], tactics: Sequence[str] | None
     ) -> tuple[Resolved, Choice]:
@@ -248,6 +294,7 @@ class Session:
         *points: str,
         partial: bool = False,
         tactics: Sequence[str] | None = None,
+        clobber: Clobber | None = None,
         amend: Amend | None = None,
     ) -> Attachment:
         """Put a counter at each point; leaving the attachment takes them out.
@@ -256,6 +303,8 @@ class Session:
             points: as in the point grammar.
             partial: place what can be placed even of explicitly named points.
             tactics: allowed tactics, in order; None: all.
+            clobber: says which registers and flags to overwrite before each counter, given its
+                address and the mask of what is dead there; a check of the analysis.
             amend: changes the plan before it is committed; for tests that seed faults.
 
         Raises:
@@ -270,6 +319,8 @@ class Session:
         """
         resolved, choice = self._choose(points, tactics)
         check_refusals(choice, resolved, partial)
+        if clobber:
+            choice = clobbering(choice, clobber)
         if not self._hooked and any(site.tactic is Tactic.NOP5 for site in choice.sites):
             self._hook_ftrace()
         with _undivided():

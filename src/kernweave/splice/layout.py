@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from kernweave.model.plan import Plan, Tactic
 from kernweave.x86.counter import Snippet, counter_snippet
+from kernweave.x86.poison import poison_code
 from kernweave.x86.relocate import encode_jump, relocate_insn
 
 ALIGN = 16
@@ -28,6 +29,7 @@ class Site:
         length: bytes of the instruction alone.
         tactic: how.
         dead: mask of registers and flags that are dead before it.
+        clobber: mask of registers and flags to overwrite before the counter, a check of `dead`.
     """
 
     addr: int
@@ -35,11 +37,16 @@ class Site:
     length: int
     tactic: Tactic
     dead: int
+    clobber: int = 0
 
     @property
     def snippet(self) -> Snippet:
         """The counter for this place."""
-        return counter_snippet(self.dead)
+        counter = counter_snippet(self.dead)
+        if not self.clobber:
+            return counter
+        poison = poison_code(self.clobber)
+        return replace(counter, code=poison + counter.code, hole=len(poison) + counter.hole)
 
 
 @dataclass(frozen=True)
