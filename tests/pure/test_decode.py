@@ -37,6 +37,7 @@ def names(mask: int) -> str:
 
 
 ALL_FLAGS = "of sf zf af cf pf"
+ALL_REGISTERS = " ".join(REG_NAMES)
 
 
 def test_masks_cover_registers_and_flags() -> None:
@@ -76,6 +77,9 @@ def test_masks_cover_registers_and_flags() -> None:
         (op("PUSH_R64", "rbp"), "rsp rbp", "rsp"),
         (op("POP_R64", "rbp"), "rsp", "rsp rbp"),
         (op("CPUID"), "rax rcx", "rax rcx rdx rbx"),
+        (op("VMCALL"), ALL_REGISTERS, ALL_FLAGS),
+        (op("IN_EAX_DX", "eax", "dx"), ALL_REGISTERS, "rax"),
+        (op("OUT_DX_EAX", "dx", "eax"), ALL_REGISTERS, ""),
         (op("PUSHFQ"), f"rsp {ALL_FLAGS}", "rsp"),
         (op("POPFQ"), "rsp", f"rsp {ALL_FLAGS}"),
         (RET, "rsp", "rsp"),
@@ -109,6 +113,7 @@ def test_decode_of_repeated_string_store_kills_nothing() -> None:
         (INT3, Flow.TRAP),
         (op("IRETQ"), Flow.LEAVE),
         (op("SYSRETQ"), Flow.LEAVE),
+        (op("RETFQ"), Flow.LEAVE),
     ],
     ids=str,
 )

@@ -63,7 +63,14 @@ _FLOW = {
 }
 _LEAVING = {
     iced.Mnemonic.IRET, iced.Mnemonic.IRETD, iced.Mnemonic.IRETQ, iced.Mnemonic.SYSRET,
-    iced.Mnemonic.SYSRETQ, iced.Mnemonic.SYSEXIT, iced.Mnemonic.SYSEXITQ,
+    iced.Mnemonic.SYSRETQ, iced.Mnemonic.SYSEXIT, iced.Mnemonic.SYSEXITQ, iced.Mnemonic.RETF,
+    iced.Mnemonic.ERETS, iced.Mnemonic.ERETU,
+}  # fmt: skip
+#: whoever is behind them may read any register: a hypervisor or firmware, a handler of the trap
+_ASKING = {
+    iced.Mnemonic.IN, iced.Mnemonic.OUT, iced.Mnemonic.UD0, iced.Mnemonic.UD1,
+    iced.Mnemonic.VMCALL, iced.Mnemonic.VMMCALL, iced.Mnemonic.VMGEXIT, iced.Mnemonic.TDCALL,
+    iced.Mnemonic.SEAMCALL,
 }  # fmt: skip
 #: their destination or flags stay as they were when the count or source is zero
 _MAY_KEEP_FLAGS = {
@@ -111,6 +118,8 @@ def _register_masks(ins: iced.Instruction) -> tuple[int, int]:
 
 def _masks(ins: iced.Instruction) -> tuple[int, int]:
     reads, writes = _register_masks(ins)
+    if ins.mnemonic in _ASKING:
+        reads |= REGS_MASK
     repeats = ins.has_rep_prefix or ins.has_repne_prefix
     reads |= (ins.rflags_read & 0x3F) << FLAGS_SHIFT
     variable = ins.mnemonic in _MAY_KEEP_FLAGS and ins.op_count > 1
