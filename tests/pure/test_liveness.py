@@ -176,7 +176,7 @@ def test_jump_to_ftraced_function_needs_arguments_and_kept_registers() -> None:
 @pytest.mark.parametrize(
     ("item", "needed"),
     [
-        (jmp(ASSEMBLY), REGISTERS),
+        (jmp(ASSEMBLY), EVERYTHING),
         (op("JMP_RM64", "rax"), REGISTERS),
         (jcc("e", ASSEMBLY), EVERYTHING),
         (b"\x06\xc0", EVERYTHING),

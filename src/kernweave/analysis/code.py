@@ -193,11 +193,14 @@ def _is_table_row(index: RowIndex, sites: Sites) -> Mask:
 
 def _room(columns: Decoded, keep: Mask) -> npt.NDArray[np.uint8]:
     """Bytes of each instruction and of the int3 filler behind it, in its own part."""
-    count = len(keep)
     filler = ~keep & ((columns.trait & Trait.INT3) != 0)
+    filler[:1] = False
     filler[1:] &= columns.stretch[1:] == columns.stretch[:-1]
-    # the first row behind each that is not filler
-    stops = np.where(filler, count, np.arange(count))
-    following = np.append(np.minimum.accumulate(stops[::-1])[::-1], count)[1:]
-    ahead = np.append(0, np.cumsum(columns.length, dtype=np.int64))
-    return np.asarray(np.minimum(ahead[following] - ahead[:-1], 255), np.uint8)
+    room = columns.length.copy()
+    rows = np.flatnonzero(filler)
+    if len(rows):
+        opens = np.flatnonzero(np.diff(rows, prepend=-2) > 1)
+        bytes_behind = np.add.reduceat(columns.length[rows], opens, dtype=np.int64)
+        before = rows[opens] - 1
+        room[before] = np.minimum(room[before] + bytes_behind, 255)
+    return room

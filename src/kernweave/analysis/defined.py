@@ -18,7 +18,7 @@ from kernweave.analysis.code import Code
 from kernweave.analysis.convention import KEPT, RESULTS, TEMPORARY
 from kernweave.analysis.flow import Beyond, FlowGraph
 from kernweave.image.sites import Sites
-from kernweave.x86.decode import ALL_MASK, FLAGS_MASK
+from kernweave.x86.decode import ALL_MASK, FLAGS_MASK, Flow
 
 U32 = npt.NDArray[np.uint32]
 Rows = npt.NDArray[np.int64]
@@ -55,12 +55,23 @@ def solve_defined(code: Code, sites: Sites, graph: FlowGraph, to_c: Mask) -> U32
 
 
 def _at_first(code: Code, graph: FlowGraph) -> U32:
-    """Everything where control may come from anywhere, nothing elsewhere."""
+    """Everything where control may come from anywhere, nothing elsewhere.
+
+    What follows a call that does not come back looks reached, but may only be by a jump table.
+    """
     reached = np.zeros(len(graph.first) + 1, bool)
     for column in (graph.falls, graph.taken, graph.other):
         reached[np.maximum(column, -1)] = True
     known = reached[:-1] & code.is_c[graph.first] & ~_is_entry(code, graph)
+    known &= ~_may_hold_tables(code)[graph.first]
     return np.where(known, FLAGS_MASK, ALL_MASK).astype(np.uint32)
+
+
+def _may_hold_tables(code: Code) -> Mask:
+    """bool[n]: instructions of functions with indirect jumps, which may lead anywhere in them."""
+    groups = np.array([part.group for part in code.parts], np.uint64)
+    jumps = groups[np.unique(code.part[code.flow == Flow.INDIRECT_JUMP])]
+    return np.asarray(np.isin(groups, jumps)[code.part])
 
 
 def _is_entry(code: Code, graph: FlowGraph) -> Mask:

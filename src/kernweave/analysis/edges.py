@@ -34,18 +34,21 @@ def find_edges(code: Code, liveness: Liveness, block: I32) -> Edges:
     source = block[last]
     behind = block_of[graph.falls]
     ends_block = np.append(block[1:] != block[:-1], True)[last]
-    calls, jumps = np.isin(code.flow[last], CALLS), graph.taken != Beyond.NOWHERE
+    calls = np.isin(code.flow[last], CALLS)
+    # a static call in tail position that is switched off holds a return
+    returns = (graph.taken == Beyond.RETURN) | (code.flow[last] == Flow.RETURN)
+    jumps = (graph.taken != Beyond.NOWHERE) & ~calls & ~returns
     indirect = _is_indirect(code)[last]
     inside_function = _same_function(code, first, last, graph.taken)
-    leaves = jumps & (graph.taken != Beyond.RETURN) & ~indirect
+    leaves = jumps & ~indirect
     faults = np.isin(code.addr[last], liveness.sites.exceptions)
     other = graph.other != Beyond.NOWHERE
     found = [
         (EdgeKind.FALL, (graph.falls >= 0) & comes_back & ends_block, behind),
         (EdgeKind.TAKEN, leaves & inside_function, block_of[graph.taken]),
-        (EdgeKind.SIBLING, leaves & ~inside_function, block_of[graph.taken]),
-        (EdgeKind.CALL, calls & ~indirect, _called(code, last, block)),
-        (EdgeKind.RETURN, graph.taken == Beyond.RETURN, None),
+        (EdgeKind.SIBLING, leaves & ~inside_function, _arrives(code, last, block)),
+        (EdgeKind.CALL, calls & ~indirect, _arrives(code, last, block)),
+        (EdgeKind.RETURN, returns, None),
         (EdgeKind.INDIRECT, indirect, None),
         (EdgeKind.FIXUP, other & faults, block_of[graph.other]),
         (EdgeKind.LABEL, other & ~faults, block_of[graph.other]),
@@ -91,7 +94,7 @@ def _same_function(
     return np.asarray((taken >= 0) & (here == there))
 
 
-def _called(code: Code, last: npt.NDArray[np.int64], block: I32) -> I32:
-    """Block at which the call that ends each stretch arrives, static calls as they are now."""
+def _arrives(code: Code, last: npt.NDArray[np.int64], block: I32) -> I32:
+    """Block at which the call or jump that ends each stretch arrives, static calls as of now."""
     row = code.rows_at(code.target[last])
     return np.where(row >= 0, block[np.maximum(row, 0)], -1).astype(np.int32)

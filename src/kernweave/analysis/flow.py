@@ -47,7 +47,8 @@ class FlowGraph:
         first: int64[s], row of the first instruction of each.
         last: int64[s], row of the last.
         falls: int32[s], the stretch behind it.
-        taken: int32[s], where its last instruction jumps, or `RETURN`; not for jump labels.
+        taken: int32[s], where its last instruction jumps, or `RETURN`; not for jump labels.  Of a
+            call into the middle of its own part the target, too: it may be no call.
         other: int32[s], where a fault in it is fixed up, or where a jump label leads as a jump.
         callee: int32[s], stretch at which its call arrives; `NEUTRAL` if it calls nobody.
     """
@@ -71,7 +72,9 @@ def build_flow(code: Code, sites: Sites) -> FlowGraph:
     at_row[first] = np.arange(len(first))
     flow, addr, target = code.flow[last], code.addr[last], code.target[last]
     known = code.index.mark(sites.jump_labels)[last]
-    is_call = np.isin(flow, CALLS)
+    # the kernel rewrites these: whatever is there now, it is a call or leaves the function
+    rewritten = code.index.mark(sites.static_calls)[last]
+    is_call = np.isin(flow, CALLS) | (rewritten & (flow == Flow.NEXT))
     behind = at_row[code.rows_at(addr + code.length[last].astype(np.uint64))]
     falls = np.where(~np.isin(flow, _NO_FALL) | known, behind, Beyond.NOWHERE)
     falls[code.index.mark(sites.fatal_bugs)[last]] = Beyond.NOWHERE
@@ -80,18 +83,21 @@ def build_flow(code: Code, sites: Sites) -> FlowGraph:
     taken[jumps] = _places(code, sites, at_row, target[jumps])
     taken[flow == Flow.RETURN] = Beyond.RETURN
     taken[np.isin(flow, (Flow.LEAVE, Flow.INVALID))] = Beyond.UNKNOWN
-    taken[flow == Flow.INDIRECT_JUMP] = Beyond.INDIRECT
+    taken[(flow == Flow.INDIRECT_JUMP) | (rewritten & ~is_call)] = Beyond.INDIRECT
     is_c = code.is_c[last]
     quiet = is_c & ~code.parts_with(Trait.POPF)[code.part[last]]
     branch = flow == Flow.BRANCH
     taken[(taken == Beyond.C_FUNCTION) & (~is_c | branch)] = Beyond.UNKNOWN
     taken[known] = Beyond.NOWHERE  # `other` has it
     taken[(taken == Beyond.INDIRECT) & (~quiet | branch)] = Beyond.UNKNOWN
-    taken[(taken == Beyond.UNKNOWN) & quiet & ~branch] = Beyond.UNKNOWN_REGS
+    # a jump may lead to another part of this function, which may read the flags
+    taken[(taken == Beyond.UNKNOWN) & quiet & ~jumps] = Beyond.UNKNOWN_REGS
     callee = np.full(len(last), Beyond.NEUTRAL, np.int32)
     callee[is_call] = Beyond.INDIRECT
-    direct = is_call & (flow == Flow.CALL) & ~code.index.mark(sites.static_calls)[last]
+    direct = (flow == Flow.CALL) & ~rewritten
     callee[direct] = _places(code, sites, at_row, target[direct])
+    inner = _calls_inside(code, first, last, callee)
+    taken[inner] = callee[inner]
     callee[is_call & np.isin(callee, (Beyond.RETURN, Beyond.NOWHERE))] = Beyond.UNKNOWN
     callee[(callee == Beyond.C_FUNCTION) & ~is_c] = Beyond.UNKNOWN
     callee[(callee == Beyond.INDIRECT) & ~quiet] = Beyond.UNKNOWN
@@ -103,7 +109,7 @@ def _cut(code: Code, sites: Sites) -> tuple[Rows, Rows]:
     """First and last row of each stretch."""
     starts = code.leader.copy()
     starts[:1] = True
-    ends = np.isin(code.flow, CALLS) | code.index.mark(sites.exceptions)
+    ends = np.isin(code.flow, CALLS) | code.index.mark(sites.exceptions, sites.static_calls)
     starts[1:] |= ends[:-1]
     calls = code.rows_at(code.target[code.flow == Flow.CALL])
     starts[calls[calls >= 0]] = True
@@ -117,10 +123,22 @@ def _places(code: Code, sites: Sites, at_row: I32, target: Addrs) -> I32:
     outside = found < 0
     ftraced = np.isin(target, sites.ftrace) & outside
     found[ftraced] = Beyond.C_FUNCTION
-    thunk = (target >= np.uint64(sites.thunks[0])) & (target < np.uint64(sites.thunks[1]))
-    found[thunk] = Beyond.INDIRECT
+    for start, end in (sites.thunks, *sites.static_text):
+        found[(target >= np.uint64(start)) & (target < np.uint64(end))] = Beyond.INDIRECT
     found[np.isin(target, sites.return_thunks)] = Beyond.RETURN
     return found
+
+
+def _calls_inside(code: Code, first: Rows, last: Rows, callee: I32) -> Mask:
+    """bool[s]: calls into the middle of their own part.
+
+    They may be there for their push alone (__FILL_RETURN_BUFFER): control then goes on from the
+    target and never returns to the call.
+    """
+    row = first[np.maximum(callee, 0)]
+    begins = np.ones(len(code.part), bool)
+    begins[1:] = code.part[1:] != code.part[:-1]
+    return np.asarray((callee >= 0) & (code.part[row] == code.part[last]) & ~begins[row])
 
 
 def _others(code: Code, sites: Sites, at_row: I32, last: Rows) -> I32:

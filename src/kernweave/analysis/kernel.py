@@ -186,7 +186,7 @@ def _functions(
     addr = np.array([part.start for part in parts], np.uint64)
     place = {part.start: number for number, part in enumerate(parts)}
     entry = liveness.graph.stretch_of(row)
-    operands = np.unique(code.operands)
+    operands = np.sort(code.operands)
     return Functions(
         addr=addr,
         size=np.array([part.end - part.start for part in parts], np.uint32),

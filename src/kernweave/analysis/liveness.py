@@ -171,7 +171,7 @@ def effects(code: Code, sites: Sites) -> tuple[U32, U32]:
     """Reads and writes of each instruction; what a callee does is left to its stretch."""
     reads, writes = code.reads.copy(), code.writes.copy()
     writes[np.isin(code.flow, CALLS)] = 0
-    writes[code.index.mark(sites.exceptions)] = 0
+    writes[code.index.mark(sites.exceptions, sites.static_calls)] = 0
     entries = code.index.mark(sites.ftrace)
     reads[entries] |= ARGUMENTS
     writes[entries] |= LOST_AT_ENTRY

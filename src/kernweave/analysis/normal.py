@@ -90,7 +90,9 @@ def _patched(count: int, base: int, decoded: Decoded, sites: Sites) -> Rows:
     ]
     addrs = np.concatenate((spread, locks, *others))
     inside = (addrs >= np.uint64(base)) & (addrs < np.uint64(base + count))
-    return np.unique((addrs[inside] - np.uint64(base)).astype(np.int64))
+    found = np.zeros(count, bool)
+    found[(addrs[inside] - np.uint64(base)).astype(np.int64)] = True
+    return np.flatnonzero(found)
 
 
 def differing(known: Print, text: bytes, slide: int) -> Rows:
@@ -112,6 +114,8 @@ def _take_back_slide(known: Print, now: npt.NDArray[np.uint8], size: int, slide:
     """Replace operands that moved, or stayed, as they should by those that were analysed."""
     chosen = known.size == size
     position = known.absolute[chosen].astype(np.int64)
+    if not len(position):
+        return
     dtype = np.dtype(f"<u{size}")
     then, current = (_fields(array, position, dtype) for array in (known.text, now))
     delta = np.array([-slide % (1 << 8 * size), slide % (1 << 8 * size)], dtype)

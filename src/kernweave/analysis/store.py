@@ -23,8 +23,9 @@ from kernweave.analysis.normal import Print, differing
 from kernweave.model.table import Column, columns, load_tables, save_tables
 from kernweave.model.tables import Blocks, Edges, Functions, Instructions
 
-SCHEMA = 1  # of the folders; one more whenever the analysis finds something else
+SCHEMA = 3  # of the folders; one more whenever the analysis finds something else
 MAX_TEXTS = 6  # per build id; the oldest goes
+_STORED = "[!.]*"  # a name with a dot is being written
 _ADDRESSES = {"addr", "last", "target"}
 _WITHOUT_ADDRESSES = ("edges", "print")
 _NOWHERE = np.uint32(0xFFFF_FFFF)
@@ -76,7 +77,7 @@ def find(folder: Path, text: bytes, base: int, most: int) -> Found | None:
         most: how many bytes may differ.
     """
     best: tuple[int, Path, int, npt.NDArray[np.int64]] | None = None
-    for one in sorted(folder.glob("*")):
+    for one in sorted(folder.glob(_STORED)):
         known = _load_print(one)
         if known is None or len(known[1].text) != len(text):
             continue
@@ -87,6 +88,17 @@ def find(folder: Path, text: bytes, base: int, most: int) -> Found | None:
         return None
     tables = _load(best[1], base, best[2])
     return None if tables is None else Found(tables, best[3])
+
+
+def functions_at(
+    tables: KernelTables, positions: npt.NDArray[np.int64], base: int
+) -> npt.NDArray[np.bool_]:
+    """bool[f]: the functions that hold these byte positions of a text that begins at `base`."""
+    found = np.zeros(len(tables.functions.addr), bool)
+    addrs = np.uint64(base) + positions.astype(np.uint64)
+    rows = np.searchsorted(tables.functions.addr, addrs, side="right") - 1
+    found[rows[rows >= 0]] = True
+    return found
 
 
 def _base(folder: Path) -> int | None:
@@ -134,9 +146,10 @@ def _load(folder: Path, base: int, then: int) -> KernelTables | None:
 
 
 def _offsets(addrs: Column, base: int) -> npt.NDArray[np.uint32]:
-    """Addresses from the base on; what is not near becomes "nowhere"."""
+    """Addresses from the base on; what is before it (0: none) or not near becomes "nowhere"."""
     off = addrs - np.uint64(base)
-    return np.where(off < np.uint64(_NOWHERE), off, _NOWHERE).astype(np.uint32)
+    near = (addrs >= np.uint64(base)) & (off < np.uint64(_NOWHERE))
+    return np.where(near, off, _NOWHERE).astype(np.uint32)
 
 
 def _addresses(offsets: Column, base: int) -> npt.NDArray[np.uint64]:
@@ -147,6 +160,13 @@ def _addresses(offsets: Column, base: int) -> npt.NDArray[np.uint64]:
 
 
 def _forget_oldest(folder: Path) -> None:
-    kept = sorted(folder.glob("[!.]*"), key=lambda path: path.stat().st_mtime)
+    kept = sorted(folder.glob(_STORED), key=_age)
     for path in kept[:-MAX_TEXTS]:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _age(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:  # another process has just removed it
+        return 0.0

@@ -11,8 +11,9 @@ from typing import Any
 
 import msgspec
 
-from kernweave.errors import KernweaveError, UnsupportedError, UsageError
+from kernweave.errors import KernweaveError, UsageError
 from kernweave.session.attachment import Attachment
+from kernweave.session.query import find_duckdb
 
 
 def check_path(path: Path) -> Path:
@@ -27,7 +28,7 @@ def check_path(path: Path) -> Path:
     if not path.parent.is_dir():
         raise UsageError(f"no folder {path.parent} to write {path.name} into")
     if path.suffix == ".parquet":
-        _duckdb()
+        find_duckdb("writing .parquet")
     return path
 
 
@@ -56,23 +57,33 @@ def _write_csv(path: Path, hits: Attachment, end: dict[str, Any]) -> None:
 
 
 def _write_parquet(path: Path, hits: Attachment, end: dict[str, Any]) -> None:
-    duckdb = _duckdb()
+    duckdb = find_duckdb("writing .parquet")
     columns = hits.columns()
     with duckdb.connect() as db:
         db.register("counts", columns)
         db.execute("COPY counts TO ? (FORMAT parquet)", [str(path)])
 
 
-def _duckdb() -> Any:
+def copy_rows(path: Path, database: Any, sql: str) -> str:
+    """Write every row of a query, aside and then renamed; return SQL that gives them again.
+
+    Raises:
+        UsageError: the query gives no rows.
+    """
+    relation = database.sql(sql)
+    if relation is None:
+        raise UsageError("the query gives no rows", help="write a SELECT")
+    relation.create("kernweave_rows")
+    aside = path.with_name(f".{path.name}.part")
     try:
-        import duckdb
-    except ImportError:
-        raise UnsupportedError(
-            "writing .parquet needs DuckDB", help="pip install 'kernweave[query]'"
-        ) from None
-    return duckdb
+        database.execute(f"COPY kernweave_rows TO ? ({_COPIES[path.suffix]})", [str(aside)])
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+    return "FROM kernweave_rows"
 
 
+_COPIES = {".jsonl": "FORMAT json", ".csv": "FORMAT csv, HEADER", ".parquet": "FORMAT parquet"}
 _WRITERS: dict[str, Callable[[Path, Attachment, dict[str, Any]], None]] = {
     ".jsonl": _write_jsonl,
     ".csv": _write_csv,

@@ -19,13 +19,15 @@ _COMMANDS = {
     "show": "show",
     "sites": "sites",
     "list": "list_",
+    "callers": "callers",
+    "callees": "callees",
+    "query": "query",
+    "analyze": "analyze",
     "lab": "lab",
     "bench": "bench",
     "doctor": "doctor",
 }
-_LATER = (
-    "analyze", "callees", "callers", "query", "run", "time", "trace",
-)  # fmt: skip
+_LATER = ("run", "time", "trace")
 
 _DEBUG = "--debug"
 _EPILOG = """\b

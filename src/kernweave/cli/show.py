@@ -3,135 +3,107 @@
 
 from __future__ import annotations
 
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import click
-import iced_x86 as iced
-import numpy as np
-import numpy.typing as npt
 
 from kernweave import connect
-from kernweave.analysis.code import Code
+from kernweave.cli.dot import blocks_of, dot_source, find_dot, write_svg
 from kernweave.cli.output import print_json, progress
-from kernweave.session.session import Session
-from kernweave.session.survey import SiteVerdict
-from kernweave.x86.decode import ALL_MASK, FLAG_NAMES, FLAGS_MASK, FLAGS_SHIFT, REG_NAMES, Flow
+from kernweave.errors import UsageError
+from kernweave.session.listing import EdgeInfo, InsnInfo
 
-INSN_SCHEMA = "kernweave.insn/1"
-_NO_FALL = (Flow.JUMP, Flow.RETURN, Flow.INDIRECT_JUMP, Flow.LEAVE)
-_WIDTH = 44
+_TEXT_WIDTH = 44
+_WIDTH = 79
 
 
 @click.command()
 @click.argument("function", metavar="FUNCTION")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per instruction.")
+@click.option("--dot", is_flag=True, help="The blocks as a graph, in Graphviz's language.")
+@click.option(
+    "--svg",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Draw the blocks into FILE; needs Graphviz.",
+)
 @click.pass_obj
-def show(obj: dict[str, Any], function: str, as_json: bool) -> None:
+def show(obj: dict[str, Any], function: str, as_json: bool, dot: bool, svg: Path | None) -> None:
     """Disassemble FUNCTION by blocks: edges, tactic and dead registers per instruction.
 
     \b
-    Example:
+    Examples:
       kernweave show vfs_read
+      kernweave show 9p:v9fs_mount --svg v9fs_mount.svg
 
-    A register or flag is listed as dead where that is certain from this function alone.
+    \b
+    Edges are: fall (to what lies behind), taken (a branch inside the function), call,
+    sibling (a jump to another function), indirect (with how many functions it may call), return,
+    fixup (after a fault), label (a jump label that is a jump).
+    A register or flag is listed as dead where that is certain.
     """  # noqa: D301
+    if as_json + dot + (svg is not None) > 1:
+        raise UsageError("--json, --dot and --svg exclude each other")
+    if svg:
+        find_dot()
     with connect(obj["target"], writer=False, progress=progress) as session:
-        code, live = session.decode(function)
-        verdicts = {one.addr: one for one in session.sites(f"{function}@insns")}
-        rows = [_describe(session, code, row, int(live[row]), verdicts) for row in range(len(live))]
+        rows = session.listing(function)
     if as_json:
         for row in rows:
-            print_json({"schema": INSN_SCHEMA, **row})
-        return
-    _print_human(code, rows)
+            print_json(row)
+    elif dot:
+        print(dot_source(function, rows), end="")
+    elif svg:
+        write_svg(dot_source(function, rows), svg)
+    else:
+        _print_human(rows)
 
 
-def _describe(
-    session: Session, code: Code, row: int, live: int, verdicts: dict[str | None, SiteVerdict]
-) -> dict[str, Any]:
-    addr = int(code.addr[row])
-    part = code.parts[int(code.part[row])]
-    verdict = verdicts[f"{addr:#x}"]
-    return {
-        "point": verdict.point,
-        "addr": f"{addr:#x}",
-        "function": part.symbol,
-        "offset": addr - part.start,
-        "bytes": code.raw(row).hex(),
-        "text": _disassemble(session, code, row),
-        "leader": bool(code.leader[row]),
-        "successors": _successors(session, code, row),
-        "tactic": verdict.tactic,
-        "reason": verdict.reason,
-        "dead": _names(ALL_MASK & ~live),
-    }
-
-
-def _disassemble(session: Session, code: Code, row: int) -> str:
-    """Intel syntax; a branch or call target by its name."""
-    addr = int(code.addr[row])
-    ins = iced.Decoder(64, code.raw(row), ip=addr).decode()
-    formatter = iced.Formatter(iced.FormatterSyntax.NASM)
-    formatter.hex_prefix, formatter.hex_suffix = "0x", ""
-    formatter.uppercase_hex = False
-    formatter.show_branch_size = False
-    target = int(code.target[row])
-    if not target:
-        return formatter.format(ins)
-    mnemonic = formatter.format_mnemonic(ins)
-    return f"{mnemonic} {_name(session, code, row, target)}"
-
-
-def _name(session: Session, code: Code, row: int, target: int) -> str:
-    """A target in the words of a point: `+0x31` inside the part, `f+0x31` elsewhere."""
-    part = code.parts[int(code.part[row])]
-    if part.start <= target < part.end:
-        return f"+{target - part.start:#x}"
-    for image in session.view.images:
-        bounds = image.bounds(target) if len(image.addr) else None
-        if bounds:
-            off = target - bounds[0]
-            return image.name_at[bounds[0]] + (f"+{off:#x}" if off else "")
-    return f"{target:#x}"
-
-
-def _successors(session: Session, code: Code, row: int) -> list[str]:
-    """Where control goes behind the last instruction of a block, inside the function."""
-    last = row + 1 == len(code.addr) or bool(code.leader[row + 1])
-    if not last:
-        return []
-    found = []
-    if code.flow[row] in (Flow.JUMP, Flow.BRANCH):
-        found.append(_name(session, code, row, int(code.target[row])))
-    falls = code.flow[row] not in _NO_FALL and row + 1 < len(code.addr)
-    if falls and code.part[row + 1] == code.part[row]:
-        found.append(_name(session, code, row, int(code.addr[row + 1])))
-    return found
-
-
-def _names(mask: int) -> str:
-    """Registers and flags of a mask; all six status flags are called `flags`."""
-    names = [name for bit, name in enumerate(REG_NAMES) if mask >> bit & 1]
-    flags = [name for bit, name in enumerate(FLAG_NAMES) if mask >> FLAGS_SHIFT + bit & 1]
-    return " ".join(names + (["flags"] if mask & FLAGS_MASK == FLAGS_MASK else flags))
-
-
-def _print_human(code: Code, rows: list[dict[str, Any]]) -> None:
-    first = _rows_of_blocks(code)
-    for number, start in enumerate(first.tolist()):
-        end = first[number + 1] if number + 1 < len(first) else len(rows)
-        block = rows[start:end]
-        leads = ", ".join(block[-1]["successors"]) or "leaves"
-        print(f"{block[0]['point']}  ->  {leads}")
+def _print_human(rows: Sequence[InsnInfo]) -> None:
+    blocks = blocks_of(rows)
+    for block in blocks:
+        print(_head(block))
         for row in block:
-            text = row["text"] if len(row["text"]) <= _WIDTH else row["text"][: _WIDTH - 1] + "~"
-            head = f"  +{row['offset']:<#6x} {row['tactic'] or row['reason']:10}"
-            print(f"{head} {text:{_WIDTH}} {_short(row['dead'])}".rstrip())
-    print(f"{len(first)} blocks, {len(rows)} instructions; last column: dead registers and flags")
+            print(_line(row))
+    print(f"{len(blocks)} blocks, {len(rows)} instructions; last column: dead registers and flags")
 
 
-def _rows_of_blocks(code: Code) -> npt.NDArray[np.int64]:
-    return np.flatnonzero(code.leader)
+def _head(block: Sequence[InsnInfo]) -> str:
+    """A block's point and its edges, those of one kind together."""
+    part = block[0].point.rpartition("+")[0] or block[0].point
+    kinds: dict[str, list[str]] = {}
+    for edge in (edge for row in block for edge in row.edges):
+        places = kinds.setdefault(edge.kind, [])
+        place = _place(edge, part)
+        if place not in places:
+            places.append(place)
+    leads = ", ".join(f"{kind} {' '.join(places)}".rstrip() for kind, places in kinds.items())
+    return textwrap.fill(
+        f"{block[0].point}  ->  {leads or 'nowhere'}",
+        _WIDTH,
+        subsequent_indent="      ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def _place(edge: EdgeInfo, part: str) -> str:
+    """Where an edge leads: inside the same part by the offset alone."""
+    if edge.candidates is not None:
+        return f"(candidates: {edge.candidates:,})"
+    place = edge.to or ""
+    return place.removeprefix(part) if place.startswith(f"{part}+") else place
+
+
+def _line(row: InsnInfo) -> str:
+    text = row.text
+    if len(text) > _TEXT_WIDTH:
+        text = f"{text[: _TEXT_WIDTH - 1]}~"
+    head = f"  +{row.offset:<#6x} {row.tactic or row.reason:10}"
+    return f"{head} {text:{_TEXT_WIDTH}} {_short(row.dead)}".rstrip()
 
 
 def _short(dead: str) -> str:

@@ -45,9 +45,15 @@ def select(table: T, rows: Column) -> T:
 
 
 def save_tables(folder: Path, head: Mapping[str, Any], arrays: Mapping[str, Column]) -> None:
-    """Store arrays and a head that `load_tables` asks for; a folder that is there stays."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=".aside-", dir=folder.parent))
+    """Store arrays and a head that `load_tables` asks for; a folder that is there stays.
+
+    Where nothing can be written nothing is stored.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=".aside-", dir=folder.parent))
+    except OSError:  # nothing can be stored there
+        return
     try:
         for name, array in arrays.items():
             np.save(aside / f"{name}.npy", array)
@@ -62,7 +68,8 @@ def save_tables(folder: Path, head: Mapping[str, Any], arrays: Mapping[str, Colu
 def load_tables(folder: Path, head: Mapping[str, Any]) -> dict[str, Column] | None:
     """The stored arrays, mapped into memory; None if they are not there or not as they should be.
 
-    A folder with another head, or with a file that is missing, cut or not an array, is removed.
+    A folder with another head, or with a file that is missing, cut or not an array, is removed,
+    so that it can be stored again.
     """
     try:
         found = json.loads((folder / _HEAD).read_text())
@@ -73,9 +80,6 @@ def load_tables(folder: Path, head: Mapping[str, Any]) -> dict[str, Column] | No
             if (folder / f"{name}.npy").stat().st_size != size:
                 raise ValueError(f"{name} was cut")
         return {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in sizes}
-    except FileNotFoundError as error:
-        if Path(str(error.filename)).name == _HEAD:
-            return None
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         pass
     shutil.rmtree(folder, ignore_errors=True)

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kernweave.analysis.code import Code
+from kernweave.analysis.hints import find_btf, prototype_arguments, taken_addresses
 from kernweave.analysis.kernel import (
     Hints,
     KernelTables,
@@ -23,23 +24,16 @@ from kernweave.analysis.kernel import (
 )
 from kernweave.analysis.liveness import live_before as live_alone
 from kernweave.analysis.parts import make_parts
-from kernweave.analysis.store import find, save
-from kernweave.image.btf import Btf, read_btf
+from kernweave.analysis.store import find, functions_at, save
+from kernweave.image.btf import Btf
 from kernweave.image.symbols import Symbols
 from kernweave.model.table import select
 from kernweave.session.view import KernelView
 
-Addrs = npt.NDArray[np.uint64]
 U32 = npt.NDArray[np.uint32]
 Mask = npt.NDArray[np.bool_]
 
 _MOST_DIFFERING = 4096  # bytes; beyond it is another kernel
-_SYMBOL_BYTES = 12  # of struct kernel_symbol, its value first and relative to itself
-_DATA = (("__start_rodata", "__end_rodata"), ("_sdata", "_edata"))
-_EXPORTS = (
-    ("__start___ksymtab", "__stop___ksymtab"),
-    ("__start___ksymtab_gpl", "__stop___ksymtab_gpl"),
-)
 
 
 @dataclass(frozen=True)
@@ -98,7 +92,7 @@ class Analysis:
         text = self._view.read_text(*bounds)[0]
         known = find(self._folder, text, base, _MOST_DIFFERING) if self._folder else None
         if known is not None:
-            changed = _functions_at(known.tables, known.differs, base)
+            changed = functions_at(known.tables, known.differs, base)
             if not _matters(known.tables, changed):
                 return KernelImage(known.tables, changed, True)
         return self._analyse(image, text, base)
@@ -107,52 +101,20 @@ class Analysis:
         self._progress("analysing the kernel (once)")
         sites = self._view.sites
         parts = make_parts(image, base, text, sites)
-        hints = Hints(self._taken_addresses(), self._arguments())
-        found = analyse_text(parts, sites, hints, text, base)
+        found = analyse_text(parts, sites, self._hints(), text, base)
         if self._folder:
             save(self._folder, found)
         return KernelImage(found.tables, np.zeros(len(parts), bool), False)
 
-    def _arguments(self) -> dict[str, int]:
-        """Argument registers of every function that BTF knows by one prototype."""
-        btf = self.btf
-        if btf is None:
-            return {}
-        rows = zip(btf.functions.name_off.tolist(), btf.argument_registers.tolist(), strict=True)
-        found: dict[str, int] = {}
-        for off, count in rows:
-            name = btf.name(off)
-            found[name] = count if found.get(name, count) == count else -1
-        return found
-
     @cached_property
     def btf(self) -> Btf | None:
         """The kernel's types; None if it was built without."""
-        spans = self._spans((("__start_BTF", "__stop_BTF"),))
-        if not spans:
-            return None
-        return read_btf(self._view.driver.read(spans[0][0], spans[0][1] - spans[0][0]))
+        return find_btf(self._view.driver.read, self._view.driver.lookup)
 
-    def _taken_addresses(self) -> Addrs:
-        """What the kernel's data may hold as addresses of functions, and what it exports."""
-        driver = self._view.driver
-        words = [np.zeros(0, np.uint64)]
-        for start, end in self._spans(_DATA):
-            data = driver.read(start, end - start)
-            words.append(np.frombuffer(data[: len(data) // 8 * 8], "<u8"))
-        for start, end in self._spans(_EXPORTS):
-            rows = np.frombuffer(driver.read(start, end - start), "<i4").reshape(-1, 3)
-            place = np.uint64(start) + np.uint64(_SYMBOL_BYTES) * np.arange(len(rows), dtype="u8")
-            words.append(place + rows[:, 0].astype(np.int64).view(np.uint64))
-        found = np.concatenate(words)
-        image = self._view.images[0]
-        inside = (found >= np.uint64(image.starts[0])) & (found < np.uint64(image.end))
-        return np.unique(found[inside])
-
-    def _spans(self, symbols: tuple[tuple[str, str], ...]) -> list[tuple[int, int]]:
-        addrs = self._view.driver.lookup([name for pair in symbols for name in pair])
-        pairs = zip(addrs[::2], addrs[1::2], strict=True)
-        return [(start, end) for start, end in pairs if start and end > start]
+    def _hints(self) -> Hints:
+        driver, image = self._view.driver, self._view.images[0]
+        taken = taken_addresses(driver.read, driver.lookup, (image.starts[0], image.end))
+        return Hints(taken, prototype_arguments(self.btf))
 
     def tables(self) -> KernelTables:
         """The kernel and every kmod loaded now; functions that somebody changed as they are."""
@@ -165,15 +127,6 @@ class Analysis:
         text = self._view.read_text(*bounds)[0]
         parts = make_parts(image, start, text, self._view.sites)
         return analyse(parts, self._view.sites, Hints(np.array(image.starts, np.uint64), {}))
-
-
-def _functions_at(tables: KernelTables, positions: npt.NDArray[np.int64], base: int) -> Mask:
-    """bool[f]: the functions that hold these byte positions."""
-    found = np.zeros(len(tables.functions.addr), bool)
-    addrs = np.uint64(base) + positions.astype(np.uint64)
-    rows = np.searchsorted(tables.functions.addr, addrs, side="right") - 1
-    found[rows[rows >= 0]] = True
-    return found
 
 
 def _matters(tables: KernelTables, changed: Mask) -> bool:

@@ -17,6 +17,7 @@ from kernweave.image.sites import contains
 from kernweave.image.symbols import Symbols
 from kernweave.model.plan import Point, Refused
 from kernweave.model.point import KIND_OF, Kind, PointSpec, Selector, format_point
+from kernweave.session.names import NotOne, find_one, images_of, printed_name
 from kernweave.session.view import KernelView
 
 _ENDBR_BYTES = 4
@@ -93,11 +94,6 @@ class Resolver:
 
     # ---- names ---------------------------------------------------------------------------------
 
-    def _images(self, kmod: str | None) -> list[Symbols]:
-        if kmod is None:
-            return self._view.images
-        return [image for image in self._view.images if (image.kmod or "vmlinux") == kmod]
-
     def _find(self, spec: PointSpec) -> list[Named]:
         if spec.addr is not None:
             return self._find_addr(spec)
@@ -117,7 +113,7 @@ class Resolver:
     def _find_glob(self, spec: PointSpec) -> list[Named]:
         found = [
             self._name(image, name, addr)
-            for image in self._images(spec.kmod)
+            for image in images_of(self._view.images, spec.kmod)
             for name, addr in image.match(spec.function)
         ]
         if not found:
@@ -125,41 +121,18 @@ class Resolver:
         return found
 
     def _find_name(self, spec: PointSpec) -> list[Named]:
-        images = self._images(spec.kmod)
-        found = sorted(
-            ((addr, image) for image in images for addr in image.find(spec.function)),
-            key=lambda pair: pair[0],
-        )
-        if not found:
-            near = [name for image in images for name in image.near(spec.function)][:3]
-            hint = f"; near: {', '.join(near)}" if near else ""
-            where = f" in {spec.kmod}" if spec.kmod else ""
-            self._refuse(spec, Reason.NO_SUCH_NAME, f"no function {spec.function}{where}{hint}")
+        found = find_one(self._view.images, spec)
+        if isinstance(found, NotOne):
+            self._refuse(spec, found.reason, found.detail)
             return []
-        if spec.number is None and len(found) > 1:
-            names = ", ".join(f"{spec.function}#{i + 1}" for i in range(len(found)))
-            self._refuse(spec, Reason.AMBIGUOUS, f"{len(found)} functions: {names}")
-            return []
-        if (spec.number or 1) > len(found):
-            self._refuse(spec, Reason.NO_SUCH_NAME, f"{spec.function} has {len(found)} addresses")
-            return []
-        addr, image = found[(spec.number or 1) - 1]
+        image, addr = found
         return [self._name(image, spec.function, addr)]
 
     def _name(self, image: Symbols, symbol: str, addr: int) -> Named:
-        """How a part is printed: so that it means the same when typed."""
         bounds = image.bounds(addr)
         assert bounds is not None
-        if image.kmod:
-            addrs, prefix = image.find(symbol), f"{image.kmod}:"
-        else:
-            addrs = self._all_named(symbol)
-            prefix = ""
-        number = f"#{sorted(addrs).index(addr) + 1}" if len(addrs) > 1 else ""
-        return Named(image, symbol, f"{prefix}{symbol}{number}", addr, bounds[1])
-
-    def _all_named(self, symbol: str) -> list[int]:
-        return [addr for image in self._view.images for addr in image.find(symbol)]
+        printed = printed_name(self._view.images, image, symbol, addr)
+        return Named(image, symbol, printed, addr, bounds[1])
 
     def _refuse(self, spec: PointSpec, reason: Reason, detail: str) -> None:
         self._refused.append(Refused(spec.text, reason, detail))

@@ -255,10 +255,8 @@ class Session:
             RefusedError: no such function, or several of that name.
         """
         kernel = self.tables
+        kernel.find(function)  # a name, not a pattern
         resolved, choice = self._choose([f"{function}@insns"], None)
-        check_refusals(
-            Choice(resolved.points, (), resolved.rows, resolved.refused), resolved, False
-        )
         live = self._analysis.live(resolved.code)
         listing = Listing(kernel, resolved.code, self._view.sites)
         return listing.rows(live, verdicts(resolved, choice))

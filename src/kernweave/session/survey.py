@@ -5,9 +5,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kernweave.image.btf import Btf
+from kernweave.image.btf_text import prototype
 from kernweave.model.plan import Point
 from kernweave.model.point import PointSpec
 from kernweave.session.attach import Choice
+from kernweave.session.names import images_of, printed_name
 from kernweave.session.resolve import Resolved
 from kernweave.session.view import KernelView
 
@@ -34,12 +37,13 @@ class SiteVerdict:
 
 @dataclass(frozen=True, slots=True)
 class FunctionInfo:
-    """A function: name as a point, kmod, run-time address, bytes up to the next symbol."""
+    """A function: name as a point, kmod, run-time address, bytes up to the next symbol, symbol."""
 
     name: str
     kmod: str | None
     addr: int
     size: int
+    symbol: str
 
 
 def verdicts(resolved: Resolved, choice: Choice) -> list[SiteVerdict]:
@@ -88,14 +92,15 @@ def _place(point: Point) -> tuple[str, str, str, str | None, str, int, str]:
 def list_functions(view: KernelView, spec: PointSpec) -> list[FunctionInfo]:
     """Functions that match a glob; the names are points."""
     found = []
-    for image in view.images:
-        if spec.kmod not in (None, image.kmod or "vmlinux"):
-            continue
-        prefix = f"{image.kmod}:" if image.kmod else ""
-        for name, addr in image.match(spec.function):
-            same = image.find(name)
-            number = f"#{same.index(addr) + 1}" if len(same) > 1 else ""
+    for image in images_of(view.images, spec.kmod):
+        for symbol, addr in image.match(spec.function):
             bounds = image.bounds(addr) or (addr, addr)
-            size = bounds[1] - addr
-            found.append(FunctionInfo(f"{prefix}{name}{number}", image.kmod, addr, size))
+            name = printed_name(view.images, image, symbol, addr)
+            found.append(FunctionInfo(name, image.kmod, addr, bounds[1] - addr, symbol))
     return found
+
+
+def prototype_of(btf: Btf | None, kmod: str | None, symbol: str) -> str | None:
+    """C declaration of a function; None for a kmod's, and where BTF has none or several."""
+    found = btf.find_function(symbol) if btf and kmod is None else None
+    return prototype(btf, found) if btf and found is not None else None

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The kernel's tables as users see them: columns, and thin views over their rows."""
+"""The kernel's tables as users see them: columns, and functions by name."""
 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -13,30 +12,41 @@ import numpy as np
 import numpy.typing as npt
 
 from kernweave.analysis.kernel import KernelTables
-from kernweave.errors import Reason, RefusedError
+from kernweave.errors import Reason, RefusedError, UsageError
 from kernweave.image.btf import Btf
-from kernweave.image.btf_text import prototype
+from kernweave.image.symbols import Symbols
+from kernweave.model.point import Selector, parse_point
 from kernweave.model.table import Column, columns
 from kernweave.model.tables import EdgeKind
-from kernweave.x86.decode import ALL_MASK, FLAG_NAMES, FLAGS_MASK, FLAGS_SHIFT, REG_NAMES
+from kernweave.session.callgraph import AddressIndex, Rows, count_fitting, find_calls, link
+from kernweave.session.html import table_html
+from kernweave.session.names import NotOne, find_one, printed_name
+from kernweave.session.rows import Block, Function
+from kernweave.x86.counter import CLOBBERED_FLAGS, SCRATCH_ORDER
 
-Rows = npt.NDArray[np.int64]
+__all__ = ["Block", "Function", "FunctionTable", "Kernel", "Table"]
+
+_HELP = {
+    Reason.NO_SUCH_NAME: "check the spelling: kernweave list GLOB",
+    Reason.AMBIGUOUS: "choose one by its number",
+}
 
 
 class Kernel:
     """All tables of one kernel, its kmods included."""
 
     def __init__(
-        self, tables: KernelTables, images: list[str], btf: Callable[[], Btf | None]
+        self, tables: KernelTables, symbols: Sequence[Symbols], btf: Callable[[], Btf | None]
     ) -> None:
-        """Wrap tables; `images` are the names of the kernel (`vmlinux`) and its kmods."""
-        self.tables = tables
-        self.images = images
+        """Wrap tables; `symbols` are those of the kernel and then of each kmod."""
+        self.tables = link(tables)
+        self.images = [image.kmod or "vmlinux" for image in symbols]
+        self._symbols = symbols
         self._btf = btf
         self.functions = FunctionTable(self)
-        self.blocks = Table(tables.blocks)
-        self.instructions = Table(tables.instructions)
-        self.edges = Table(tables.edges)
+        self.blocks = Table(self.tables.blocks)
+        self.instructions = Table(self.tables.instructions)
+        self.edges = Table(self.tables.edges)
 
     @cached_property
     def btf(self) -> Btf | None:
@@ -44,51 +54,70 @@ class Kernel:
         return self._btf()
 
     @cached_property
+    def calls(self) -> Table:
+        """Direct calls and jumps between functions, one row per site."""
+        return Table(find_calls(self.tables))
+
+    # ---- names ---------------------------------------------------------------------------------
+
+    def name(self, row: int) -> str:
+        """The name of a function as it is printed in points."""
+        functions = self.tables.functions
+        image = self._symbols[int(functions.kmod[row])]
+        addr = int(functions.addr[row])
+        return printed_name(self._symbols, image, self.tables.names[row], addr)
+
+    @cached_property
     def names(self) -> list[str]:
-        """The name of each function as it is printed in points."""
-        kmods = self.tables.functions.kmod.tolist()
-        where: dict[tuple[int, str], list[int]] = {}
-        everywhere: dict[str, list[int]] = {}
-        for row, name in enumerate(self.tables.names):
-            where.setdefault((kmods[row], name), []).append(row)
-            everywhere.setdefault(name, []).append(row)
-        addr = self.tables.functions.addr
-        found = []
-        for row, name in enumerate(self.tables.names):
-            kmod = kmods[row]
-            same = everywhere[name] if kmod == 0 else where[kmod, name]
-            rank = sorted(same, key=lambda other: int(addr[other])).index(row) + 1
-            number = f"#{rank}" if len(same) > 1 else ""
-            prefix = f"{self.images[kmod]}:" if kmod else ""
-            found.append(f"{prefix}{name}{number}")
-        return found
+        """The name of each function."""
+        return [self.name(row) for row in range(len(self.tables.names))]
 
     @cached_property
-    def rows_of(self) -> dict[str, list[int]]:
-        """Rows of the functions by printed name, and by symbol."""
-        found: dict[str, list[int]] = {}
-        for row, (name, symbol) in enumerate(zip(self.names, self.tables.names, strict=True)):
-            for key in {name, symbol}:
-                found.setdefault(key, []).append(row)
-        return found
+    def _by_addr(self) -> AddressIndex:
+        return AddressIndex(self.tables.functions.addr)
 
-    @cached_property
-    def calls(self) -> tuple[Rows, Rows]:
-        """(caller, callee) rows of every direct call and sibling jump between functions.
+    def row_at(self, addr: int) -> int:
+        """Row of the function that holds a run-time address, -1 if there is none."""
+        functions = self.tables.functions
+        row = int(self._by_addr.last_before(np.array([addr], np.uint64))[0])
+        return row if row >= 0 and addr - int(functions.addr[row]) < functions.size[row] else -1
 
-        `.cold` parts count as the function they belong to; each pair is there once.
+    def point_at(self, addr: int) -> str:
+        """A run-time address as a point: `vfs_read+0x31`; as a number outside of all functions."""
+        row = self.row_at(addr)
+        if row < 0:
+            return f"{addr:#x}"
+        off = addr - int(self.tables.functions.addr[row])
+        return self.name(row) + (f"+{off:#x}" if off else "")
+
+    def find(self, name: str) -> int:
+        """Row of the function that a name means, as in a point without offset and selector.
+
+        Raises:
+            UsageError: not a name of that kind.
+            RefusedError: there is no such function, or there are several.
         """
-        edges, blocks, functions = self.tables.edges, self.tables.blocks, self.tables.functions
-        kinds = (EdgeKind.CALL, EdgeKind.SIBLING)
-        chosen = np.isin(edges.kind, kinds) & (edges.target >= 0)
-        ends = (blocks.function[edge[chosen]] for edge in (edges.source, edges.target))
-        caller, callee = (functions.parent[end].astype(np.int64) for end in ends)
-        pairs = np.unique(caller << 32 | callee)
-        return pairs >> 32, pairs & 0xFFFF_FFFF
+        spec = parse_point(name)
+        rest = spec.offset is not None or spec.addr is not None or spec.is_glob
+        if rest or spec.selector is not Selector.ENTRY:
+            raise UsageError(f"not the name of one function: {name!r}", help="write its name alone")
+        found = find_one(self._symbols, spec)
+        if isinstance(found, NotOne):
+            raise RefusedError(
+                f"cannot find {name}: {found.detail}",
+                [(name, found.reason, found.detail)],
+                help=_HELP[found.reason],
+            )
+        row = self.row_at(found[1])
+        assert row >= 0, "every symbol has a row"
+        return row
 
-    def function(self, row: int) -> Function:
-        """The view of one row."""
-        return Function(self, int(row))
+    # ---- indirect calls ------------------------------------------------------------------------
+
+    @cached_property
+    def fitting(self) -> Rows:
+        """int64[7]: how many functions an indirect site may call that passes 0..6 arguments."""
+        return count_fitting(self.tables)
 
     def candidates(self, edge: int) -> list[Function]:
         """Functions that an indirect call or jump may lead to.
@@ -100,6 +129,29 @@ class Kernel:
         passed = self.tables.edges.arguments[edge]
         fits = functions.address_taken & (functions.arguments <= passed)
         return [self.function(row) for row in np.flatnonzero(fits).tolist()]
+
+    def indirect_sites(self) -> Rows:
+        """int64[k]: rows of the edges that are indirect calls and jumps."""
+        return np.flatnonzero(self.tables.edges.kind == EdgeKind.INDIRECT)
+
+    def no_save(self) -> dict[str, float]:
+        """Share of the points, by selector, at which a counter saves no register and no flags."""
+        blocks, functions = self.tables.blocks, self.tables.functions
+        first = functions.first_block[(functions.parent == np.arange(len(self.tables.names)))]
+        return {
+            "entry": _share(blocks.live[first[first >= 0]]),
+            "blocks": _share(blocks.live),
+        }
+
+    def function(self, row: int) -> Function:
+        """The view of one row."""
+        return Function(self, int(row))
+
+
+def _share(live: npt.NDArray[np.uint32]) -> float:
+    scratch = sum(1 << register for register in SCRATCH_ORDER)
+    free = (live & CLOBBERED_FLAGS == 0) & (live & scratch != scratch)
+    return round(float(free.mean()), 5) if len(live) else 1.0
 
 
 class Table:
@@ -120,6 +172,9 @@ class Table:
         names = ", ".join(self.columns())
         return f"<{type(self._table).__name__.lower()}: {len(self):,} rows of {names}>"
 
+    def _repr_html_(self) -> str:
+        return table_html(self.columns(), len(self))
+
 
 class FunctionTable(Table):
     """The functions; by name, by glob, one after the other."""
@@ -138,20 +193,17 @@ class FunctionTable(Table):
         """The function of that name, as in a point without offset and selector.
 
         Raises:
-            RefusedError: there is none, or there are several.
+            UsageError: not a name.
+            RefusedError: there is no such function, or there are several.
         """
-        rows = self._kernel.rows_of.get(name.removeprefix("vmlinux:"), [])
-        if len(rows) == 1:
-            return Function(self._kernel, rows[0])
-        if rows:
-            names = ", ".join(self._kernel.names[row] for row in rows)
-            why, reason = f"{len(rows)} functions: {names}", Reason.AMBIGUOUS
-        else:
-            why, reason = f"no function {name}", Reason.NO_SUCH_NAME
-        raise RefusedError(f"cannot find {name}: {why}", [(name, reason, why)])
+        return Function(self._kernel, self._kernel.find(name))
 
     def __contains__(self, name: object) -> bool:
-        return len(self._kernel.rows_of.get(str(name), [])) == 1
+        try:
+            self._kernel.find(str(name))
+        except (UsageError, RefusedError):
+            return False
+        return True
 
     def __iter__(self) -> Iterator[Function]:
         return (Function(self._kernel, row) for row in range(len(self)))
@@ -166,123 +218,3 @@ class FunctionTable(Table):
             )
             if parent[row] == row and (fnmatch.fnmatchcase(name, glob) or symbol == glob)
         ]
-
-
-@dataclass(frozen=True, slots=True)
-class Function:
-    """One function: a view over its row."""
-
-    kernel: Kernel
-    row: int
-
-    @property
-    def name(self) -> str:
-        """As printed in points."""
-        return self.kernel.names[self.row]
-
-    @property
-    def symbol(self) -> str:
-        """The plain symbol."""
-        return self.kernel.tables.names[self.row]
-
-    @property
-    def kmod(self) -> str | None:
-        """The kmod's name, None for the kernel itself."""
-        image = int(self.kernel.tables.functions.kmod[self.row])
-        return self.kernel.images[image] if image else None
-
-    @property
-    def addr(self) -> int:
-        """Run-time address."""
-        return int(self.kernel.tables.functions.addr[self.row])
-
-    @property
-    def size(self) -> int:
-        """Bytes up to the next symbol."""
-        return int(self.kernel.tables.functions.size[self.row])
-
-    @property
-    def prototype(self) -> str | None:
-        """Its C declaration, None where BTF has none or several of that name."""
-        btf = self.kernel.btf
-        found = btf.find_function(self.symbol) if btf and self.kmod is None else None
-        return prototype(btf, found) if btf and found is not None else None
-
-    @property
-    def blocks(self) -> list[Block]:
-        """Its blocks in address order."""
-        functions = self.kernel.tables.functions
-        first, count = int(functions.first_block[self.row]), int(functions.blocks[self.row])
-        return [Block(self.kernel, first + i) for i in range(count)]
-
-    @property
-    def callers(self) -> list[Function]:
-        """Functions that call it or jump to it directly."""
-        caller, callee = self.kernel.calls
-        return [Function(self.kernel, int(row)) for row in caller[callee == self.row]]
-
-    @property
-    def callees(self) -> list[Function]:
-        """Functions that it calls or jumps to directly, its `.cold` parts included."""
-        caller, callee = self.kernel.calls
-        return [Function(self.kernel, int(row)) for row in callee[caller == self.row]]
-
-    def __repr__(self) -> str:
-        return f"<function {self.name} at {self.addr:#x}, {self.size} bytes>"
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """One basic block: a view over its row."""
-
-    kernel: Kernel
-    row: int
-
-    @property
-    def addr(self) -> int:
-        """Run-time address."""
-        return int(self.kernel.tables.blocks.addr[self.row])
-
-    @property
-    def size(self) -> int:
-        """Bytes up to the end of its last instruction."""
-        return int(self.kernel.tables.blocks.size[self.row])
-
-    @property
-    def function(self) -> Function:
-        """The function it is in."""
-        return Function(self.kernel, int(self.kernel.tables.blocks.function[self.row]))
-
-    @property
-    def point(self) -> str:
-        """How it is named as a point."""
-        function = self.function
-        return f"{function.name}+{self.addr - function.addr:#x}"
-
-    @property
-    def successors(self) -> list[tuple[str, Block | None]]:
-        """(kind, target) of its edges; the target is None where nothing is known of it."""
-        edges = self.kernel.tables.edges
-        first, end = np.searchsorted(edges.source, [self.row, self.row + 1])
-        return [
-            (
-                EdgeKind(int(edges.kind[row])).name.lower(),
-                Block(self.kernel, int(edges.target[row])) if edges.target[row] >= 0 else None,
-            )
-            for row in range(int(first), int(end))
-        ]
-
-    @property
-    def dead(self) -> str:
-        """Registers and flags that nothing reads any more before it, for instance `r11 flags`."""
-        return mask_names(ALL_MASK & ~int(self.kernel.tables.blocks.live[self.row]))
-
-    def __repr__(self) -> str:
-        return f"<block {self.point}, {self.size} bytes>"
-
-
-def mask_names(mask: int) -> str:
-    """Registers and flags of a mask; all six status flags are called `flags`."""
-    names = [name for bit, name in enumerate(REG_NAMES) if mask >> bit & 1]
-    flags = [name for bit, name in enumerate(FLAG_NAMES) if mask >> FLAGS_SHIFT + bit & 1]
-    return " ".join(names + (["flags"] if mask & FLAGS_MASK == FLAGS_MASK else flags))

@@ -14,20 +14,8 @@ from kernweave.driver.client import Driver, Rows
 from kernweave.driver.uapi import Owner
 from kernweave.errors import Reason, UnsupportedError
 from kernweave.image.kallsyms import read_kallsyms
-from kernweave.image.sites import (
-    DENIED_NAMES,
-    DENIED_PREFIXES,
-    OTHER_MODES,
-    RETURN_THUNKS,
-    TABLES,
-    TEXT_RANGES,
-    Ranges,
-    Sites,
-    SpecialText,
-    TableSpans,
-    make_ranges,
-    read_sites,
-)
+from kernweave.image.sites import TABLES, Ranges, Sites, TableSpans, make_ranges, read_sites
+from kernweave.image.special import denied_text, special_text
 from kernweave.image.symbols import (
     Symbols,
     build_id,
@@ -66,8 +54,8 @@ class KernelView:
         self.build_id: str | None = None
         self._kernel = self._kernel_symbols(cache)
         self._table_spans = self._kernel_tables()
-        self._static_ranges = self._denied_text()
-        self._special = self._special_text()
+        self._static_ranges = denied_text(self._kernel, driver.lookup)
+        self._special = special_text(self._kernel, driver.lookup)
         self._kmods: dict[bytes, Symbols] = {}
         self._images: list[Symbols] | None = None
         self._sites = Sites()
@@ -137,26 +125,6 @@ class KernelView:
         pairs = zip(addrs[::2], addrs[1::2], strict=True)
         return TableSpans(dict(zip(TABLES, pairs, strict=True)))
 
-    def _denied_text(self) -> list[Ranges]:
-        """Stretches given by the linker's symbols and by name."""
-        symbols = [name for first, last, _ in TEXT_RANGES for name in (first, last)]
-        addrs = self.driver.lookup(symbols)
-        found = [
-            make_ranges(reason, _u64([start]), _u64([end]))
-            for (_, _, reason), start, end in zip(TEXT_RANGES, addrs[::2], addrs[1::2], strict=True)
-            if start and end > start
-        ]
-        bounds = [self._kernel.bounds(addr) for addr in self._denied_functions()]
-        spans = [span for span in bounds if span]
-        found.append(
-            make_ranges(Reason.DENYLIST, _u64([s for s, _ in spans]), _u64([e for _, e in spans]))
-        )
-        return found
-
-    def _denied_functions(self) -> list[int]:
-        names = [name for name in self._kernel.by_name if name.startswith(DENIED_PREFIXES)]
-        return self._named((*DENIED_NAMES, *names))
-
     def refresh(self) -> None:
         """Read again what changes: kmods, kprobes, ftrace, sites of kernweave."""
         driver = self.driver
@@ -180,20 +148,6 @@ class KernelView:
             self._special,
             driver.facts.bug_bytes,
         )
-
-    def _special_text(self) -> SpecialText:
-        names = ("__indirect_thunk_start", "__indirect_thunk_end")
-        more = ("__static_call_text_start", "__static_call_text_end")
-        thunk_start, thunk_end, *static = self.driver.lookup([*names, *more])
-        return SpecialText(
-            _u64(self._named(RETURN_THUNKS)),
-            (thunk_start, thunk_end),
-            ((static[0], static[1]),),
-            tuple(span for span in map(self._kernel.bounds, self._named(OTHER_MODES)) if span),
-        )
-
-    def _named(self, names: Sequence[str]) -> list[int]:
-        return [addr for name in names for addr in self._kernel.find(name)]
 
     def is_current(self) -> bool:
         """Whether nobody armed or removed a probe since `refresh`: then the text read is native."""

@@ -96,7 +96,7 @@ def decode(stretches: Iterable[tuple[int, bytes]]) -> Decoded:
     """
     starts: list[int] = []
     texts: list[bytes] = []
-    lengths: list[int] = []
+    lengths = bytearray()
     firsts: list[int] = []
     for start, code in stretches:
         starts.append(start)
@@ -104,8 +104,7 @@ def decode(stretches: Iterable[tuple[int, bytes]]) -> Decoded:
         firsts.append(len(lengths))
         lengths.extend(map(_length, iced.Decoder(64, code)))
     first = np.array([*firsts, len(lengths)], np.int64)
-    length = np.array(lengths, np.uint8)
-    del lengths
+    length = np.frombuffer(lengths, np.uint8)
     return _columns(b"".join(texts), np.array(starts, np.uint64), first, length)
 
 

@@ -29,9 +29,11 @@ def words(text: bytes, at: Rows, length: U8) -> tuple[U64, U64]:
         np.ndarray((len(text) + 1,), np.dtype("<u8"), padded, offset=off, strides=(1,))
         for off in (0, 8)
     ]
-    size = length.astype(np.intp)
-    low = views[0][at] & _MASKS[np.minimum(size, 8)]
-    high = views[1][at] & _MASKS[np.clip(size - 8, 0, 8)]
+    low = views[0][at]
+    low &= _MASKS[np.minimum(length, 8)]
+    high = np.zeros(len(low), np.uint64)
+    long = np.flatnonzero(length > 8)
+    high[long] = views[1][at[long]] & _MASKS[length[long] - 8]
     return low, high
 
 
