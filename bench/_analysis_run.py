@@ -33,7 +33,8 @@ from kernweave.image.symbols import Symbols
 from kernweave.model.point import Selector
 from kernweave.model.table import columns
 from kernweave.splice.place import Rules, place
-from kernweave.x86.decode import FLAGS_MASK, REGS_MASK, decode
+from kernweave.x86.counter import saves_nothing
+from kernweave.x86.decode import REGS_MASK, decode
 
 _FLIPS = 200
 _SEED = 20_261_122
@@ -169,21 +170,23 @@ def points(given: Input, folder: Path) -> dict[str, Any]:
     """Of the points that can be placed, how many need no save for a counter."""
     del folder
     code = build_code(given.parts(), given.sites)
-    live = liveness.live_before(code, given.sites)
-    dead_flags = (live & FLAGS_MASK) == 0
-    dead_register = (live & REGS_MASK) != REGS_MASK
-    found = {}
+    found = liveness.solve_liveness(
+        code, given.sites, kernel.closed_parts(code, given.sites, given.hints)
+    )
+    live = found.before(np.arange(len(code.addr)))
+    nothing, dead_register = saves_nothing(live), (live & REGS_MASK) != REGS_MASK
+    shares = {}
     for selector in _SELECTORS:
         rows = select_rows(code, _wanted(code, selector), selector)
         placement = place(code, rows, given.sites, Rules())
         placed = rows[np.array([tactic is not None for tactic in placement.tactic], bool)]
-        found[selector.name.lower()] = {
+        shares[selector.name.lower()] = {
             "points": len(rows),
             "placeable": len(placed),
             "register_dead": float(dead_register[placed].mean()),
-            "register_and_flags_dead": float((dead_register & dead_flags)[placed].mean()),
+            "nothing_saved": float(nothing[placed].mean()),
         }
-    return found
+    return shares
 
 
 def _wanted(code: Code, selector: Selector) -> list[int]:

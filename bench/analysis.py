@@ -23,7 +23,7 @@ from _analysis_run import Input
 from _record import RESULTS, record, summary
 
 import kernweave
-from kernweave.analysis.hints import prototype_arguments, taken_addresses
+from kernweave.analysis.hints import exported_addresses, prototype_arguments, taken_addresses
 from kernweave.analysis.imagefile import load_file
 from kernweave.analysis.kernel import Hints
 from kernweave.image.vmlinuz import open_image
@@ -85,7 +85,8 @@ def _read(session: Session) -> Input:
     base = image.starts[0]
     text = driver.read(base, image.end - base)
     taken = taken_addresses(driver.read, driver.lookup, (base, image.end))
-    hints = Hints(taken, prototype_arguments(session.analysis.btf))
+    exported = exported_addresses(driver.read, driver.lookup)
+    hints = Hints(taken, prototype_arguments(session.analysis.btf), exported, image.local)
     return Input(session.kernel, base, text, image, view.sites, hints)
 
 
@@ -218,7 +219,7 @@ def _point_rows(texts: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
         (
             name,
             [
-                f"{100 * one[name]['register_and_flags_dead']:.2f} "
+                f"{100 * one[name]['nothing_saved']:.2f} "
                 f"({100 * one[name]['register_dead']:.2f}) of {one[name]['placeable']:,}"
                 for one in every
             ],

@@ -38,16 +38,27 @@ def taken_addresses(read: Read, lookup: Lookup, bounds: tuple[int, int]) -> Addr
         lookup: address of each symbol, 0 where there is none.
         bounds: (start, end) of text.
     """
-    words = [np.zeros(0, np.uint64)]
+    words = [exported_addresses(read, lookup)]
     for start, end in (*_spans(lookup, _DATA), *_first_cpu(read, lookup)):
         data = read(start, end - start)
         words.append(np.frombuffer(data[: len(data) // 8 * 8], "<u8"))
+    found = np.concatenate(words)
+    return np.unique(found[(found >= np.uint64(bounds[0])) & (found < np.uint64(bounds[1]))])
+
+
+def exported_addresses(read: Read, lookup: Lookup) -> Addrs:
+    """uint64[x]: what kmods may link against; ascending.
+
+    Args:
+        read: memory of the kernel, or of a kernel file.
+        lookup: address of each symbol, 0 where there is none.
+    """
+    found = [np.zeros(0, np.uint64)]
     for start, end in _spans(lookup, _EXPORTS):
         rows = np.frombuffer(read(start, end - start), "<i4").reshape(-1, _SYMBOL_BYTES // 4)
         place = np.uint64(start) + np.uint64(_SYMBOL_BYTES) * np.arange(len(rows), dtype="u8")
-        words.append(place + rows[:, 0].astype(np.int64).view(np.uint64))
-    found = np.concatenate(words)
-    return np.unique(found[(found >= np.uint64(bounds[0])) & (found < np.uint64(bounds[1]))])
+        found.append(place + rows[:, 0].astype(np.int64).view(np.uint64))
+    return np.unique(np.concatenate(found))
 
 
 def _first_cpu(read: Read, lookup: Lookup) -> list[tuple[int, int]]:

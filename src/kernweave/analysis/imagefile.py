@@ -14,7 +14,12 @@ from functools import partial
 import numpy as np
 
 from kernweave.analysis.code import Part
-from kernweave.analysis.hints import find_btf, prototype_arguments, taken_addresses
+from kernweave.analysis.hints import (
+    exported_addresses,
+    find_btf,
+    prototype_arguments,
+    taken_addresses,
+)
 from kernweave.analysis.kernel import Hints
 from kernweave.analysis.parts import make_parts
 from kernweave.errors import Reason
@@ -65,6 +70,8 @@ def load_file(kernel: KernelFile) -> FileText:
     hints = Hints(
         taken_addresses(partial(_read_padded, kernel), kernel.lookup, (start, end)),
         prototype_arguments(find_btf(kernel.read, kernel.lookup)),
+        exported_addresses(kernel.read, kernel.lookup),
+        symbols.local,
     )
     text = _with_nops(kernel.read(start, end - start), start, tables)
     return FileText(start, text, symbols, tables, sites_of_file(kernel, symbols, tables), hints)

@@ -11,8 +11,9 @@ import numpy.typing as npt
 
 from kernweave.analysis.code import Code, Part, arrange, build_code
 from kernweave.analysis.edges import find_edges
-from kernweave.analysis.liveness import Liveness, effects, solve_liveness, walk_back
+from kernweave.analysis.liveness import Closed, Liveness, effects, solve_liveness, walk_back
 from kernweave.analysis.normal import Print, make_print
+from kernweave.errors import Reason
 from kernweave.image.sites import Sites
 from kernweave.model.table import Column, columns, concat
 from kernweave.model.tables import Blocks, Edges, Functions, Instructions
@@ -82,10 +83,14 @@ class Hints:
     Attributes:
         taken: uint64[t], words that may be addresses of functions, ascending.
         arguments: registers a function's prototype needs for arguments, by its symbol.
+        exported: uint64[x], functions that kmods may call, ascending; None: any.
+        local: addresses of functions that are known in their own file only.
     """
 
     taken: Addrs
     arguments: Mapping[str, int]
+    exported: Addrs | None = None
+    local: frozenset[int] = frozenset()
 
 
 def analyse(parts: Sequence[Part], sites: Sites, hints: Hints) -> KernelTables:
@@ -116,7 +121,34 @@ def analyse_text(
     known = make_print(text, base, decoded, sites)
     code = arrange(parts, decoded, sites)
     del decoded
-    return Stored(base, tables_of(code, solve_liveness(code, sites), hints), known)
+    liveness = solve_liveness(code, sites, closed_parts(code, sites, hints))
+    return Stored(base, tables_of(code, liveness, hints), known)
+
+
+def closed_parts(code: Code, sites: Sites, hints: Hints) -> npt.NDArray[np.uint8] | None:
+    """uint8[parts], `Closed`: parts whose callers are in the code, or call by the convention.
+
+    Not so for what kmods may call, from inline assembly too.  What is called through its address
+    is called by the convention if it is surely C: no other file knows its name, and yet BTF has a
+    prototype of it, so its own file is C.  (Static calls, for instance, also reach assembly that
+    keeps every register.)  Text without instrumentation is left out: paravirt calls some of it
+    by a convention of its own.
+    """
+    if hints.exported is None:
+        return None
+    addr = np.array([part.start for part in code.parts], np.uint64)
+    ends = np.array([max(part.end, part.start + 1) for part in code.parts], np.uint64)
+    taken = _in(addr, hints.taken) | _in(addr, np.sort(code.operands))
+    is_c = np.array(
+        [part.start in hints.local and part.symbol in hints.arguments for part in code.parts], bool
+    )
+    for ranges in sites.ranges:
+        if ranges.reason is Reason.NOINSTR:
+            is_c &= ~ranges.overlap(addr, ends)
+    callers = np.where(taken, Closed.OPEN, Closed.INSIDE)
+    callers[taken & is_c] = Closed.CONVENTION
+    callers[_in(addr, hints.exported)] = Closed.OPEN
+    return callers.astype(np.uint8)
 
 
 def tables_of(code: Code, liveness: Liveness, hints: Hints) -> KernelTables:

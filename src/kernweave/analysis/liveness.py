@@ -14,8 +14,10 @@ Sound first; what is taken for granted:
 - A call of any other function keeps what that function does not overwrite on every path to its
   return, and reads what it may read: both follow from its code.  Calls from inline assembly rely
   on that.
-- Everything else - indirect calls, static calls, jumps to unknown places, returns of functions
-  without an ftrace site - reads every register and overwrites none.
+- A function without an ftrace site whose callers are all known returns to these: live at its
+  `ret` is what is live behind their calls.
+- Everything else - indirect calls, static calls, jumps to unknown places, returns of other
+  functions without an ftrace site - reads every register and overwrites none.
 
 - But what nothing has written since a C function was entered or called is garbage by the calling
   convention (r10, r11; after a call all but the results and what is kept): no indirect call or
@@ -29,6 +31,7 @@ entry stretch is thereby its summary.  The least solution is found for all stret
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import IntEnum
 from functools import cached_property
 
 import numpy as np
@@ -62,6 +65,14 @@ _BEYOND = {
     Beyond.INDIRECT: REGS_MASK | _PASS_ALL,
     Beyond.NEUTRAL: _PASS_ALL,
 }
+
+
+class Closed(IntEnum):
+    """Who calls a part."""
+
+    OPEN = 0  # nobody knows
+    INSIDE = 1  # only the code at hand
+    CONVENTION = 2  # the code at hand, and others by the calling convention
 
 
 @dataclass(frozen=True)
@@ -122,24 +133,73 @@ def live_before(code: Code, sites: Sites) -> U32:
     return solve_liveness(code, sites).before(np.arange(len(code.addr)))
 
 
-def solve_liveness(code: Code, sites: Sites) -> Liveness:
-    """Find what is live everywhere in `code`; code outside it is taken by the rules above."""
+def solve_liveness(
+    code: Code, sites: Sites, closed: npt.NDArray[np.uint8] | None = None
+) -> Liveness:
+    """Find what is live everywhere in `code`; code outside it is taken by the rules above.
+
+    Args:
+        code: the instructions.
+        sites: the kernel's tables.
+        closed: uint8[parts], `Closed`; None: all parts are open.
+    """
     graph = build_flow(code, sites)
     reads, writes = effects(code, sites)
     to_c = _calls_c(code, sites, graph)
     holds = solve_defined(code, sites, graph, to_c)
     system = System(graph, *_summarise(reads, writes, graph), to_c, _beyond(graph, holds))
     state = _solve(system)
-    exits = np.where(code.is_c[graph.first], RESULTS | KEPT, ALL_MASK).astype(np.uint32)
-
-    def flatten(both: U64) -> U32:
-        return both.astype(np.uint32) | ((both >> _HALF).astype(np.uint32) & exits)
-
     count = len(graph.first)
-    after = flatten(_out(state, system, np.arange(count)))
+    every = np.arange(count)
+    part = code.part[graph.first]
+    exits = _at_returns(code, system, state, closed)[part] if count else np.zeros(0, np.uint32)
+    after = _flatten(_out(state, system, every), exits)
     returns = (state[:count] >> np.uint64(63)).astype(bool)
-    at = flatten(state[:count])
+    at = _flatten(state[:count], exits)
     return Liveness(code, sites, graph, reads, writes, after, at, holds, returns)
+
+
+def _flatten(both: U64, exits: U32) -> U32:
+    """What is live, given what is live at the return of each stretch's part."""
+    return np.asarray(both.astype(np.uint32) | ((both >> _HALF).astype(np.uint32) & exits))
+
+
+def _at_returns(
+    code: Code, system: System, state: U64, closed: npt.NDArray[np.uint8] | None
+) -> U32:
+    """uint32[parts]: what is live where each part returns.
+
+    By the calling convention for functions with an ftrace site.  For others everything, unless
+    all callers are known: then what is live behind their calls, and what the convention says.
+    """
+    graph = system.graph
+    is_c = np.array([part.is_c for part in code.parts], bool)
+    exits = np.where(is_c, RESULTS | KEPT, ALL_MASK).astype(np.uint32)
+    if closed is None:
+        return exits
+    part = code.part[graph.first].astype(np.int64)
+    known = (closed != Closed.OPEN) & ~is_c
+    calls = np.flatnonzero(graph.callee >= 0)
+    calls = calls[known[part[graph.callee[calls]]]]
+    links = [(part[calls], part[graph.callee[calls]])]
+    for column in (graph.falls, graph.taken, graph.other):
+        rows = np.flatnonzero(column >= 0)
+        source, target = part[rows], part[column[rows]]
+        crosses = (source != target) & known[target]
+        links.append((source[crosses], target[crosses]))
+    entered = np.zeros(len(exits), bool)
+    entered[np.concatenate([target for _, target in links])] = True
+    entered |= closed == Closed.CONVENTION
+    exits[known & entered] = RESULTS | KEPT
+    behind = _behind(state, system, calls)
+    (caller, callee), *jumps = links
+    while True:
+        before = exits.copy()
+        np.bitwise_or.at(exits, callee, _flatten(behind, exits[caller]))
+        for source, target in jumps:
+            np.bitwise_or.at(exits, target, exits[source])
+        if (exits == before).all():
+            return exits
 
 
 @dataclass(frozen=True)
@@ -231,12 +291,16 @@ def _initial(count: int) -> U64:
 
 def _out(state: U64, system: System, rows: Rows) -> U64:
     """What holds behind each of these stretches, before their calls."""
-    graph = system.graph
-    beyond = system.beyond[rows]
-    summary = state[graph.callee[rows]] & beyond
-    behind = state[graph.falls[rows]] | (state[graph.taken[rows]] & beyond)
-    behind |= state[graph.other[rows]]
+    summary = state[system.graph.callee[rows]] & system.beyond[rows]
+    behind = _behind(state, system, rows)
     return (summary & _LOW) | (behind & _both(summary >> _HALF) & system.call_keep[rows])
+
+
+def _behind(state: U64, system: System, rows: Rows) -> U64:
+    """What holds behind each of these stretches, after their calls."""
+    graph = system.graph
+    found = state[graph.falls[rows]] | (state[graph.taken[rows]] & system.beyond[rows])
+    return np.asarray(found | state[graph.other[rows]])
 
 
 def _solve(system: System) -> U64:

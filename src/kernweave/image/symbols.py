@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-_SCHEMA = 1
+_SCHEMA = 2
 _FUNCTION_TYPES = b"tTwW"
 
 
@@ -30,12 +30,14 @@ class Symbols:
         addr: uint64[n], ascending, equal ones possible (aliases).
         names: n names, in the order of `addr`.
         end: address after the last byte of text.
+        local: addresses that no symbol of theirs makes known to other files.
     """
 
     kmod: str | None
     addr: npt.NDArray[np.uint64]
     names: tuple[str, ...]
     end: int
+    local: frozenset[int] = frozenset()
 
     @cached_property
     def starts(self) -> list[int]:
@@ -116,13 +118,15 @@ def make_symbols(
         end: after the last byte of text.
     """
     rows = [
-        (addr, name[1:].decode(errors="replace"))
+        (addr, name[1:].decode(errors="replace"), name[:1] == b"t")
         for addr, name in zip(addrs.tolist(), typed_names, strict=True)
         if start <= addr < end and name[0] in _FUNCTION_TYPES and not name.startswith(b"__pfx_", 1)
     ]
     rows.sort()
-    table = np.array([addr for addr, _ in rows], np.uint64)
-    return Symbols(kmod, table, tuple(name for _, name in rows), end)
+    table = np.array([addr for addr, _, _ in rows], np.uint64)
+    shared = {addr for addr, _, local in rows if not local}
+    hidden = frozenset(addr for addr, _, _ in rows if addr not in shared)
+    return Symbols(kmod, table, tuple(name for _, name, _ in rows), end, hidden)
 
 
 def save_symbols(folder: Path, symbols: Symbols, start: int) -> None:
@@ -130,6 +134,8 @@ def save_symbols(folder: Path, symbols: Symbols, start: int) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(dir=folder.parent))
     np.save(aside / "off.npy", (symbols.addr - np.uint64(start)).astype(np.uint32))
+    local = np.array(sorted(symbols.local), np.uint64) - np.uint64(start)
+    np.save(aside / "local.npy", local.astype(np.uint32))
     (aside / "names.txt").write_text("\n".join(symbols.names))
     (aside / "table.json").write_text(json.dumps({"schema": _SCHEMA, "rows": len(symbols.names)}))
     try:
@@ -143,13 +149,16 @@ def load_symbols(folder: Path, start: int, end: int) -> Symbols | None:
     try:
         head = json.loads((folder / "table.json").read_text())
         off = np.load(folder / "off.npy")
+        local = np.load(folder / "local.npy").astype(np.uint64) + np.uint64(start)
         names = tuple((folder / "names.txt").read_text().split("\n"))
     except (OSError, ValueError):
+        shutil.rmtree(folder, ignore_errors=True)
         return None
     if head != {"schema": _SCHEMA, "rows": len(names)} or len(off) != len(names):
         shutil.rmtree(folder, ignore_errors=True)
         return None
-    return Symbols(None, off.astype(np.uint64) + np.uint64(start), names, end)
+    addr = off.astype(np.uint64) + np.uint64(start)
+    return Symbols(None, addr, names, end, frozenset(local.tolist()))
 
 
 def build_id(notes: bytes) -> str | None:

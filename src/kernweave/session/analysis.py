@@ -12,7 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 from kernweave.analysis.code import Code
-from kernweave.analysis.hints import find_btf, prototype_arguments, taken_addresses
+from kernweave.analysis.hints import (
+    exported_addresses,
+    find_btf,
+    prototype_arguments,
+    taken_addresses,
+)
 from kernweave.analysis.kernel import (
     Hints,
     KernelTables,
@@ -114,7 +119,8 @@ class Analysis:
     def _hints(self) -> Hints:
         driver, image = self._view.driver, self._view.images[0]
         taken = taken_addresses(driver.read, driver.lookup, (image.starts[0], image.end))
-        return Hints(taken, prototype_arguments(self.btf))
+        exported = exported_addresses(driver.read, driver.lookup)
+        return Hints(taken, prototype_arguments(self.btf), exported, image.local)
 
     def tables(self) -> KernelTables:
         """The kernel and every kmod loaded now; functions that somebody changed as they are."""

@@ -14,6 +14,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
+import numpy as np
+import numpy.typing as npt
+
 from kernweave.x86.decode import FLAGS_MASK, REG_NAMES
 
 #: registers the snippet may use, best first; rsp and r12 would need a longer encoding
@@ -28,6 +31,14 @@ SCRATCH_ORDER = tuple(
 _CARRY = 1 << (16 + 4)
 #: `inc` leaves the carry flag alone
 CLOBBERED_FLAGS = FLAGS_MASK & ~_CARRY
+
+
+_SCRATCH = sum(1 << register for register in SCRATCH_ORDER)
+
+
+def saves_nothing(live: npt.NDArray[np.uint32]) -> npt.NDArray[np.bool_]:
+    """bool[n]: where a counter saves nothing, from uint32[n] masks of what is live."""
+    return np.asarray(((live & CLOBBERED_FLAGS) == 0) & ((live & _SCRATCH) != _SCRATCH))
 
 
 @dataclass(frozen=True, slots=True)
