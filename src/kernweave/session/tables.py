@@ -22,7 +22,7 @@ from kernweave.session.callgraph import AddressIndex, Rows, count_fitting, find_
 from kernweave.session.html import table_html
 from kernweave.session.names import NotOne, find_one, printed_name
 from kernweave.session.rows import Block, Function
-from kernweave.x86.counter import CLOBBERED_FLAGS, SCRATCH_ORDER
+from kernweave.x86.counter import saves_nothing
 
 __all__ = ["Block", "Function", "FunctionTable", "Kernel", "Table"]
 
@@ -149,9 +149,7 @@ class Kernel:
 
 
 def _share(live: npt.NDArray[np.uint32]) -> float:
-    scratch = sum(1 << register for register in SCRATCH_ORDER)
-    free = (live & CLOBBERED_FLAGS == 0) & (live & scratch != scratch)
-    return round(float(free.mean()), 5) if len(live) else 1.0
+    return round(float(saves_nothing(live).mean()), 5) if len(live) else 1.0
 
 
 class Table:
