@@ -24,6 +24,7 @@ Mask = npt.NDArray[np.bool_]
 #: prefixes of the instructions that QEMU may begin anew: rep, and atomics it does alone
 _REPEATED = (0xF2, 0xF3, 0xF0)
 _INTERRUPTS = ("asm_sysvec_", "irq_entries_start", "spurious_entries_start", "asm_exc_nmi")
+_SITE_BYTES = 5  # of a static call
 _STUB_BYTES = 8  # of irq_entries_start
 _SYSTEM_CALLS = ("entry_SYSCALL_64", "entry_SYSCALL_compat", "entry_SYSENTER_compat")
 
@@ -84,12 +85,40 @@ class Accountant:
         self._cfg = cfg
         self._sync = _select(transfers, transfers.of(TransferClass.SYNC))
         self._rest = _select(transfers, ~transfers.of(TransferClass.SYNC))
-        self._callees = Callees(cfg, Pairs(self._sync.from_, self._sync.to))
+        parted = self._parted()
+        self._callees = Callees(
+            cfg,
+            Pairs(
+                np.concatenate([self._sync.from_, parted.from_]),
+                np.concatenate([self._sync.to, parted.to]),
+            ),
+        )
         self._outside = outside
         self._probed = set(probed)
         sites = cfg.sites
         tables = (sites.ftrace, sites.jump_labels, sites.static_calls, probed)
         self._sites = np.concatenate([np.asarray(table, np.uint64) for table in tables])
+
+    def _parted(self) -> Pairs:
+        """Indirect transfers and calls of static sites between whose ends an interrupt came.
+
+        They are no pairs; which of what was stopped went on to which of what was resumed is not
+        known.
+        """
+        cfg = self._cfg
+        delivered = self._rest.of(TransferClass.DELIVER)
+        one = np.unique(self._rest.from_[delivered])
+        row = cfg.rows(one)
+        several = (row >= 0) & (cfg.passes[row] >= 0) | cfg.in_thunk(one)
+        one = one[several | np.isin(one, cfg.sites.static_calls)]
+        to = np.unique(self._rest.to[self._rest.of(TransferClass.RESUME)])
+        to = to[(cfg.function_at(to) >= 0) | cfg.in_thunk(to)]
+        pairs = Pairs(np.repeat(one, len(to)), np.tile(to, len(one)))
+        row, entered = cfg.rows(pairs.from_), cfg.function_at(pairs.to)
+        may = np.isin(direct_ways(cfg, pairs), (Way.THUNK, Way.INDIRECT))
+        may |= cfg.in_thunk(pairs.from_) & cfg.returns[row] & (entered >= 0)
+        may |= np.isin(pairs.from_, cfg.sites.static_calls) & (entered >= 0)
+        return Pairs(pairs.from_[may], pairs.to[may])
 
     # ---- completed instructions ----------------------------------------------------------------
 
@@ -133,11 +162,11 @@ class Accountant:
             return Way.NONE
         if not self._in_kernel(one):
             return Way.UNLISTED
-        if not self._outside.held(one):
-            return Way.UNLISTED if not self._in_kernel(other) else Way.NONE
-        if one in self._sites:
-            return Way.REWRITTEN
-        return Way.UNLISTED if not self._in_kernel(other) else Way.NONE
+        if not self._in_kernel(other):
+            return Way.REWRITTEN if one in self._sites else Way.UNLISTED
+        if not self._outside.held(one):  # a return behind what was a call then
+            return Way.REWRITTEN if other - _SITE_BYTES in self._sites else Way.NONE
+        return Way.REWRITTEN if one in self._sites else Way.NONE
 
     def _in_kernel(self, addr: int) -> bool:
         """Whether an address is in the kernel's own functions; kmods come and go."""

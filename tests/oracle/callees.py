@@ -81,7 +81,7 @@ class Callees:
         return found, self._unseen(call, function)
 
     def _unseen(self, call: Rows, function: Rows) -> Mask:
-        """Whether an indirect call could have led there before recording began."""
+        """Whether an indirect call could have led there, though none of its ways was recorded."""
         cfg = self._cfg
         passed = cfg.passes[call]
         return np.asarray((passed >= 0) & (cfg.needs[function] <= passed))

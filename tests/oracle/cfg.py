@@ -40,7 +40,7 @@ class Way(IntEnum):
     THUNK = 7  # from an indirect call or jump to its thunk
     INDIRECT = 8  # to a candidate, from a thunk or not
     RETURN = 9  # behind a call that was recorded and leads to the function that returns
-    OPEN = 10  # behind an indirect call of which that was not recorded
+    OPEN = 10  # behind an indirect call through text in no table, or before recording began
     FORK = 11  # the first step of a new task
     AGAIN = 12  # an instruction once more
     REWRITTEN = 13  # by what a site of the kernel's text held then
@@ -200,7 +200,8 @@ def direct_ways(cfg: Cfg, pairs: Pairs) -> U8:
     goes_on = cfg.insns.flow[one] == Flow.NEXT
     found[(found == 0) & inside & goes_on] = Way.INSIDE
     passed = np.where(one >= 0, cfg.passes[one], -1)
-    found[(found == 0) & (passed >= 0) & cfg.in_thunk(pairs.to)] = Way.THUNK
+    thunk = cfg.in_thunk(pairs.to) & (cfg.insns.target[one] == pairs.to)
+    found[(found == 0) & (passed >= 0) & thunk] = Way.THUNK
     entered = cfg.function_at(pairs.to)
     fits = (passed >= 0) & (entered >= 0) & (cfg.needs[entered] <= passed)
     found[(found == 0) & fits] = Way.INDIRECT
