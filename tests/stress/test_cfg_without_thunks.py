@@ -4,12 +4,11 @@
 from __future__ import annotations
 
 import pytest
-from test_cfg_transfers import *  # noqa: F403
-from test_cfg_transfers import NO_THUNKS, Recording, record
+import test_cfg_transfers as checks
+
+globals().update({name: check for name, check in vars(checks).items() if name.startswith("test_")})
 
 
 @pytest.fixture(scope="module")
-def recording(  # type: ignore[no-redef]
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Recording:
-    return record(tmp_path_factory.mktemp("cfg"), NO_THUNKS)
+def recording(tmp_path_factory: pytest.TempPathFactory) -> checks.Recording:
+    return checks.record(tmp_path_factory.mktemp("cfg"), checks.NO_THUNKS)
