@@ -83,12 +83,13 @@ def test_indirect_sites_and_the_functions_that_fit_agree() -> None:
     (site,) = kernel.functions["a"].indirect_sites
     assert site.point == "a+0x15"
     (edge,) = kernel.indirect_sites().tolist()
-    assert (
-        len(kernel.candidates(edge)) == site.candidates == 1
-    )  # b needs arguments, and they are gone
     fitting = {one.name for one in kernel.candidates(edge)}
+    # b needs arguments, and they are gone; nothing of its own image leads to a or to m
+    assert fitting == {"a", "km:m", "twice#2"}
+    assert len(kernel.candidates(edge)) == site.candidates == 3
     assert fitting == {one.name for one in kernel.functions if one.fitting_sites}
-    assert not kernel.functions["a"].address_taken
+    assert kernel.functions["a"].address_taken
+    assert not kernel.functions["twice#1"].address_taken
 
 
 def test_html_has_the_first_rows_and_their_number() -> None:

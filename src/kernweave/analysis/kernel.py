@@ -16,7 +16,7 @@ from kernweave.analysis.normal import Print, make_print
 from kernweave.errors import Reason
 from kernweave.image.sites import Sites
 from kernweave.model.table import Column, columns, concat
-from kernweave.model.tables import Blocks, Edges, Functions, Instructions
+from kernweave.model.tables import Blocks, EdgeKind, Edges, Functions, Instructions
 from kernweave.x86.decode import decode
 
 Addrs = npt.NDArray[np.uint64]
@@ -177,14 +177,28 @@ def tables_of(code: Code, liveness: Liveness, hints: Hints) -> KernelTables:
         function=code.part,
         block=block,
     )
+    edges = find_edges(code, liveness, block)
     return KernelTables(
         names=tuple(part.name for part in code.parts),
-        functions=_functions(code, liveness, block, hints),
+        functions=_functions(code, liveness, block, _taken(code, hints, blocks, edges), hints),
         instructions=instructions,
         blocks=blocks,
-        edges=find_edges(code, liveness, block),
+        edges=edges,
         stretches=Stretches(code.addr[graph.first], code.addr[graph.last], liveness.after),
     )
+
+
+def _taken(code: Code, hints: Hints, blocks: Blocks, edges: Edges) -> Mask:
+    """bool[parts]: functions whose address is known to be taken, or must be.
+
+    It must be if nothing calls the function or jumps there: init text, gone by now, may have
+    stored the address where nobody looks.
+    """
+    addr = np.array([part.start for part in code.parts], np.uint64)
+    reached = np.array([part.start != part.group for part in code.parts], bool)
+    direct = np.isin(edges.kind, (EdgeKind.CALL, EdgeKind.SIBLING)) & (edges.target >= 0)
+    reached[blocks.function[edges.target[direct]]] = True
+    return np.asarray(_in(addr, hints.taken) | _in(addr, np.sort(code.operands)) | ~reached)
 
 
 def _ends(code: Code, first: Rows) -> U32:
@@ -206,7 +220,7 @@ def _behind_noreturn(code: Code, liveness: Liveness) -> Rows:
 
 
 def _functions(
-    code: Code, liveness: Liveness, block: npt.NDArray[np.int32], hints: Hints
+    code: Code, liveness: Liveness, block: npt.NDArray[np.int32], taken: Mask, hints: Hints
 ) -> Functions:
     parts = code.parts
     numbers = np.arange(len(parts))
@@ -218,7 +232,6 @@ def _functions(
     addr = np.array([part.start for part in parts], np.uint64)
     place = {part.start: number for number, part in enumerate(parts)}
     entry = liveness.graph.stretch_of(row)
-    operands = np.sort(code.operands)
     return Functions(
         addr=addr,
         size=np.array([part.end - part.start for part in parts], np.uint32),
@@ -230,7 +243,7 @@ def _functions(
         blocks=np.where(empty, 0, block[last] - block[row] + 1).astype(np.int32),
         is_c=np.array([part.is_c for part in parts], bool),
         returns=liveness.returns[entry] | empty,
-        address_taken=_in(addr, hints.taken) | _in(addr, operands),
+        address_taken=taken,
         arguments=np.array([hints.arguments.get(p.symbol, -1) for p in parts], np.int8),
     )
 

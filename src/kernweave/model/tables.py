@@ -45,7 +45,8 @@ class Functions:
         blocks: int32[f], how many.
         is_c: bool[f], has an ftrace site, so the C calling convention holds.
         returns: bool[f], some path may reach its return.
-        address_taken: bool[f], its address is an operand or a word of the kernel's data.
+        address_taken: bool[f], its address is an operand or a word of the kernel's data, or nothing
+            else leads to it.
         arguments: int8[f], how many registers its prototype needs for arguments; -1 if that is
             not known.
     """

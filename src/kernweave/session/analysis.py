@@ -91,20 +91,23 @@ class Analysis:
     @cached_property
     def kernel(self) -> KernelImage:
         """The kernel's own text."""
-        image = self._view.images[0]
-        base = image.starts[0]
-        bounds = (np.array([edge], np.uint64) for edge in (base, image.end))
-        text = self._view.read_text(*bounds)[0]
+        text, base = self._text()
         known = find(self._folder, text, base, _MOST_DIFFERING) if self._folder else None
         if known is not None:
             changed = functions_at(known.tables, known.differs, base)
             if not _matters(known.tables, changed):
                 return KernelImage(known.tables, changed, True)
-        return self._analyse(image, text, base)
+        return self._analyse(text, base)
 
-    def _analyse(self, image: Symbols, text: bytes, base: int) -> KernelImage:
+    def _text(self) -> tuple[bytes, int]:
+        """The kernel's native text as it is now, and its run-time address."""
+        image = self._view.images[0]
+        bounds = (np.array([edge], np.uint64) for edge in (image.starts[0], image.end))
+        return self._view.read_text(*bounds)[0], image.starts[0]
+
+    def _analyse(self, text: bytes, base: int) -> KernelImage:
         self._progress("analysing the kernel (once)")
-        sites = self._view.sites
+        image, sites = self._view.images[0], self._view.sites
         parts = make_parts(image, base, text, sites)
         found = analyse_text(parts, sites, self._hints(), text, base)
         if self._folder:
@@ -123,8 +126,14 @@ class Analysis:
         return Hints(taken, prototype_arguments(self.btf), exported, image.local)
 
     def tables(self) -> KernelTables:
-        """The kernel and every kmod loaded now; functions that somebody changed as they are."""
+        """The kernel and every kmod loaded now.
+
+        Where somebody changed a function everything is analysed anew: rows of other text would
+        be wrong.
+        """
         image = self.kernel
+        if image.changed.any():
+            image = self._analyse(*self._text())
         return join([image.tables, *(self._kmod(one) for one in self._view.images[1:])])
 
     def _kmod(self, image: Symbols) -> KernelTables:

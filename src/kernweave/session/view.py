@@ -207,7 +207,10 @@ def _kmod_symbols(kmod: np.void, table: Rows, strings: bytes) -> Symbols:
     table = table[inside]
     names = [b"t" + strings[at:].split(b"\0", 1)[0] for at in table["name"].tolist()]
     addrs = table["value"].astype(np.uint64)
-    return make_symbols(bytes(kmod["name"]).decode(), addrs, names, start, end)
+    # the text's pages are filled up with zeros, which are no code
+    sized = len(table) and (table["size"] > 0).all()
+    last = int((table["value"] + table["size"]).max()) if sized else end
+    return make_symbols(bytes(kmod["name"]).decode(), addrs, names, start, min(last, end))
 
 
 def _overlay(code: bytes, start: int, addr: int, original: bytes) -> bytes:
