@@ -23,7 +23,7 @@ from exec.asm import INT3, NOP5, RET, Program, call, jcc, jmp, mem, op, program
 from kernweave.analysis.code import Part
 from kernweave.analysis.hints import find_btf, prototype_arguments, taken_addresses
 from kernweave.analysis.kernel import Hints, KernelTables, Stored, analyse_text
-from kernweave.analysis.store import MAX_TEXTS, Found, find, functions_at, save
+from kernweave.analysis.store import MAX_TEXTS, SCHEMA, Found, find, functions_at, save
 from kernweave.image.sites import Sites
 from kernweave.model.table import columns
 
@@ -256,6 +256,9 @@ HARM: dict[str, Callable[[Path], None]] = {
 }
 
 
+TORN = f"{SCHEMA}-torn"
+
+
 @pytest.mark.parametrize("harm", HARM)
 def test_torn_file_is_never_used_and_removed(tmp_path: Path, harm: str) -> None:
     pristine = tmp_path / "pristine"
@@ -264,8 +267,8 @@ def test_torn_file_is_never_used_and_removed(tmp_path: Path, harm: str) -> None:
     assert "table.json" in names and len(names) > 30
     cache = tmp_path / "cache"
     for name in names:
-        shutil.copytree(pristine, cache / "text")
-        HARM[harm](cache / "text" / name)
+        shutil.copytree(pristine, cache / TORN)
+        HARM[harm](cache / TORN / name)
         assert look_up(cache, kernel()) is None, name
         assert list(cache.iterdir()) == [], name
     save(cache, kernel().analyse())
@@ -288,6 +291,12 @@ def test_head_that_is_none_is_never_used(tmp_path: Path, text: str) -> None:
     assert look_up(tmp_path, kernel()) is None
     save(tmp_path, kernel().analyse())
     must_find(tmp_path, kernel())
+
+
+def test_folder_of_another_version_is_left_alone(tmp_path: Path) -> None:
+    stored_folder(tmp_path).rename(tmp_path / f"{SCHEMA + 1}-text")
+    assert look_up(tmp_path, kernel()) is None
+    assert [path.name for path in tmp_path.iterdir()] == [f"{SCHEMA + 1}-text"]
 
 
 def test_strangers_in_the_folder_do_no_harm(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from kernweave.model.tables import Blocks, Edges, Functions, Instructions
 
 SCHEMA = 6  # of the folders; one more whenever the analysis finds something else
 MAX_TEXTS = 6  # per build id; the oldest goes
+_OURS = f"{SCHEMA}-*"  # another version's folders are left alone, so that two can take turns
 _STORED = "[!.]*"  # a name with a dot is being written
 _ADDRESSES = {"addr", "last", "target"}
 _WITHOUT_ADDRESSES = ("edges", "print")
@@ -63,7 +64,7 @@ def save(folder: Path, found: Stored) -> None:
             arrays[f"{name}.{field}"] = _offsets(column, found.base) if moves else column
     arrays["names"] = np.frombuffer("\n".join(found.tables.names).encode(), np.uint8)
     digest = hashlib.sha256(found.print.text.tobytes()).hexdigest()[:16]
-    save_tables(folder / digest, {"schema": SCHEMA, "base": found.base}, arrays)
+    save_tables(folder / f"{SCHEMA}-{digest}", {"schema": SCHEMA, "base": found.base}, arrays)
     _forget_oldest(folder)
 
 
@@ -77,7 +78,7 @@ def find(folder: Path, text: bytes, base: int, most: int) -> Found | None:
         most: how many bytes may differ.
     """
     best: tuple[int, Path, int, npt.NDArray[np.int64]] | None = None
-    for one in sorted(folder.glob(_STORED)):
+    for one in sorted(folder.glob(_OURS)):
         known = _load_print(one)
         if known is None or len(known[1].text) != len(text):
             continue
