@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -13,6 +14,9 @@ from kernweave.driver.link import Link
 from kernweave.errors import UnsupportedError
 from kernweave.lab.machine import Lab
 from kernweave.session.target import driver_kmod
+
+# whoever runs the tests in the background may have them ignore interrupts, and their children too
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
