@@ -172,7 +172,7 @@ def write_table(result: Mapping[str, Any]) -> None:
         "",
         *_flip_lines(texts), "",
         "Points at which a counter saves nothing, per cent of those that can be placed: a general",
-        "register and all six status flags dead (in brackets: a register dead).", "",
+        "register and the flags it changes are dead (in brackets: a register dead).", "",
         *_table("points", list(texts), _point_rows(texts)),
     ]  # fmt: skip
     (RESULTS / "analysis.md").write_text("\n".join(lines) + "\n")
