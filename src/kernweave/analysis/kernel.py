@@ -14,7 +14,7 @@ from kernweave.analysis.edges import find_edges
 from kernweave.analysis.liveness import Closed, Liveness, effects, solve_liveness, walk_back
 from kernweave.analysis.normal import Print, make_print
 from kernweave.errors import Reason
-from kernweave.image.sites import Sites
+from kernweave.image.sites import Sites, contains
 from kernweave.model.table import Column, columns, concat
 from kernweave.model.tables import Blocks, EdgeKind, Edges, Functions, Instructions
 from kernweave.x86.decode import decode
@@ -138,7 +138,7 @@ def closed_parts(code: Code, sites: Sites, hints: Hints) -> npt.NDArray[np.uint8
         return None
     addr = np.array([part.start for part in code.parts], np.uint64)
     ends = np.array([max(part.end, part.start + 1) for part in code.parts], np.uint64)
-    taken = _in(addr, hints.taken) | _in(addr, np.sort(code.operands))
+    taken = contains(hints.taken, addr) | contains(np.sort(code.operands), addr)
     is_c = np.array(
         [part.start in hints.local and part.symbol in hints.arguments for part in code.parts], bool
     )
@@ -147,7 +147,7 @@ def closed_parts(code: Code, sites: Sites, hints: Hints) -> npt.NDArray[np.uint8
             is_c &= ~ranges.overlap(addr, ends)
     callers = np.where(taken, Closed.OPEN, Closed.INSIDE)
     callers[taken & is_c] = Closed.CONVENTION
-    callers[_in(addr, hints.exported)] = Closed.OPEN
+    callers[contains(hints.exported, addr)] = Closed.OPEN
     return callers.astype(np.uint8)
 
 
@@ -198,7 +198,9 @@ def _taken(code: Code, hints: Hints, blocks: Blocks, edges: Edges) -> Mask:
     reached = np.array([part.start != part.group for part in code.parts], bool)
     direct = np.isin(edges.kind, (EdgeKind.CALL, EdgeKind.SIBLING)) & (edges.target >= 0)
     reached[blocks.function[edges.target[direct]]] = True
-    return np.asarray(_in(addr, hints.taken) | _in(addr, np.sort(code.operands)) | ~reached)
+    return np.asarray(
+        contains(hints.taken, addr) | contains(np.sort(code.operands), addr) | ~reached
+    )
 
 
 def _ends(code: Code, first: Rows) -> U32:
@@ -246,14 +248,6 @@ def _functions(
         address_taken=taken,
         arguments=np.array([hints.arguments.get(p.symbol, -1) for p in parts], np.int8),
     )
-
-
-def _in(addrs: Addrs, table: Addrs) -> Mask:
-    """Which addresses are in an ascending table."""
-    if not len(table):
-        return np.zeros(len(addrs), bool)
-    row = np.minimum(np.searchsorted(table, addrs), len(table) - 1)
-    return np.asarray(table[row] == addrs)
 
 
 def live_before(code: Code, sites: Sites, known: Stretches) -> tuple[U32, Mask]:

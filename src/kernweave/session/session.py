@@ -17,9 +17,8 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
-import numpy.typing as npt
 
-from kernweave.analysis.code import Code, Part, build_code
+from kernweave.analysis.code import Part, build_code
 from kernweave.driver.client import BusyError, Driver
 from kernweave.driver.records import ExitStatus
 from kernweave.driver.uapi import Fact
@@ -186,19 +185,6 @@ class Session:
         """
         resolved, choice = self._choose(points, tactics)
         return verdicts(resolved, choice)
-
-    def decode(self, function: str) -> tuple[Code, npt.NDArray[np.uint32]]:
-        """The instructions of a function and its cold parts, and what is live before each.
-
-        Raises:
-            RefusedError: no such function, or several of that name.
-        """
-        self._view.refresh()
-        resolved = Resolver(self._view).resolve([parse_point(f"{function}@insns")])
-        check_refusals(
-            Choice(resolved.points, (), resolved.rows, resolved.refused), resolved, False
-        )
-        return resolved.code, self._analysis.live(resolved.code)
 
     def list_functions(self, glob: str = "*") -> list[FunctionInfo]:
         """Functions whose names match, in address order; kmods included."""
