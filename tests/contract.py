@@ -23,7 +23,8 @@ from kernweave.driver.client import Area, Chunk, CommitError, Driver, Rows
 from kernweave.driver.uapi import Op, Owner, State
 from kernweave.errors import DriverError
 from kernweave.model.plan import Tactic
-from kernweave.splice.layout import COUNTER_BYTES, Site, bind, draft
+from kernweave.session.attach import make_pokes
+from kernweave.splice.layout import COUNTER_BYTES, Displaced, Site, bind, draft
 
 NOP5 = bytes.fromhex("0f1f440000")
 MANY = uapi.BATCH + 44  # pokes: more than one batch
@@ -101,7 +102,10 @@ def nop_sites(driver: Driver, count: int) -> npt.NDArray[np.uint64]:
 
 def make_splice(driver: Driver, count: int = 2, *, seal: bool = True) -> Splice:
     """Lay counters for some nops out and write them into an area."""
-    sites = [Site(int(ip), NOP5, 5, Tactic.NOP5, 0) for ip in nop_sites(driver, count)]
+    sites = [
+        Site(ip, NOP5, (Displaced(ip, NOP5),), Tactic.NOP5)
+        for ip in nop_sites(driver, count).tolist()
+    ]
     rough = draft(sites)
     area = driver.area(rough.size)
     chunk = driver.percpu(area, COUNTER_BYTES * count)
@@ -110,10 +114,7 @@ def make_splice(driver: Driver, count: int = 2, *, seal: bool = True) -> Splice:
     driver.write(area, 0, plan.code)
     if seal:
         driver.seal(area)
-    pokes = np.zeros(count, uapi.POKE)
-    pokes["addr"], pokes["len"] = plan.addr, 5
-    pokes["old"][:, :5], pokes["new_"][:, :5] = plan.old, plan.new
-    return Splice(area, chunk, pokes)
+    return Splice(area, chunk, make_pokes(plan.pokes))
 
 
 def take_out(driver: Driver, splice: Splice, txn: int) -> None:

@@ -31,7 +31,7 @@ from exec.cpu import (
     random_state,
 )
 from kernweave.errors import InternalError
-from kernweave.x86.relocate import encode_jump, relocate_insn
+from kernweave.x86.relocate import can_relocate, encode_jump, relocate_insn, way_back
 
 SITE = NATIVE + 0x340
 AHEAD, BEHIND = NATIVE + 0x900, NATIVE + 0x40
@@ -70,7 +70,13 @@ def check_same(cpu: Cpu, code: bytes, copy: bytes, state: State, seed: int) -> O
 
 
 def check_relocation(cpu: Cpu, code: bytes, state: State, seed: int) -> Outcome:
-    return check_same(cpu, code, relocate_insn(code, SITE, CLONE), state, seed)
+    return check_same(cpu, code, displaced(code), state, seed)
+
+
+def displaced(code: bytes) -> bytes:
+    """An instruction of the site as it is in a trampoline: its copy, and the way back."""
+    copy = relocate_insn(code, SITE, CLONE)
+    return copy + way_back(code, SITE, CLONE + len(copy))
 
 
 RIP_FIELD = mem(Register.RIP, disp=FIELD)
@@ -115,6 +121,7 @@ TABLE: dict[str, bytes] = {
         "jump ahead": Instruction.create_branch(Code.JMP_REL32_64, AHEAD),
         "jump behind": Instruction.create_branch(Code.JMP_REL32_64, BEHIND),
         "jump through memory": Instruction.create_mem(Code.JMP_RM64, RIP_FIELD),
+        "call through memory": Instruction.create_mem(Code.CALL_RM64, RIP_FIELD),
         "call ahead": Instruction.create_branch(Code.CALL_REL32_64, AHEAD),
         "call behind": Instruction.create_branch(Code.CALL_REL32_64, BEHIND),
         "call next": Instruction.create_branch(Code.CALL_REL32_64, SITE + 5),
@@ -157,10 +164,10 @@ def test_relocated_branch_goes_both_ways(cpu: Cpu, code: Any) -> None:
     assert went == {BEHIND, SITE + len(branch)}
 
 
-@pytest.mark.parametrize("name", ["call ahead", "call behind", "cs call"])
+@pytest.mark.parametrize("name", ["call ahead", "call behind", "cs call", "call through memory"])
 def test_relocated_call_shows_the_native_return_address(cpu: Cpu, name: str) -> None:
     state = random_state(random.Random(0), SITE)
-    outcome = run_at(cpu, CLONE, relocate_insn(TABLE[name], SITE, CLONE), state, 0)
+    outcome = run_at(cpu, CLONE, displaced(TABLE[name]), state, 0)
     top = outcome.state.regs[RSP] - STACK
     after = SITE + len(TABLE[name])
     assert outcome.memory[2][top : top + 8] == after.to_bytes(8, "little")
@@ -301,7 +308,7 @@ def test_check_of_call_from_the_copy_fails(cpu: Cpu, name: str) -> None:
 def test_check_of_inverted_branch_fails(cpu: Cpu) -> None:
     taken = assemble(SITE, Instruction.create_branch(Code.JE_REL32_64, AHEAD))
     wrong = assemble(SITE, Instruction.create_branch(Code.JNE_REL32_64, AHEAD))
-    copy = relocate_insn(wrong, SITE, CLONE)
+    copy = displaced(wrong)
     with pytest.raises(AssertionError):
         check_same(cpu, taken, copy, random_state(random.Random(0), SITE), 0)
 
@@ -340,12 +347,14 @@ def test_relocation_of_other_than_one_instruction_is_refused(code: bytes) -> Non
         relocate_insn(code, SITE, CLONE)
 
 
-def test_relocation_of_indirect_call_is_refused() -> None:
-    code = assemble(SITE, Instruction.create_mem(Code.CALL_RM64, RIP_FIELD))
+def test_relocation_of_call_by_the_stack_pointer_is_refused() -> None:
+    code = assemble(SITE, Instruction.create_mem(Code.CALL_RM64, mem(Register.RSP, disp=0x208)))
+    assert not can_relocate(code)
+    assert can_relocate(TABLE["call through memory"])
     with pytest.raises(InternalError, match="cannot displace"):
         relocate_insn(code, SITE, CLONE)
 
 
 def test_relocated_code_that_does_not_return_ends_in_int3() -> None:
     for name in ("ret", "jump ahead", "jump through memory", "short jump"):
-        assert relocate_insn(TABLE[name], SITE, CLONE)[-1:] == b"\xcc"
+        assert displaced(TABLE[name])[-1:] == b"\xcc"

@@ -10,6 +10,7 @@ stack: `push native return address; jmp target`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import capstone
@@ -46,8 +47,46 @@ def why_different(native_bytes: bytes, native_addr: int, copy_bytes: bytes, copy
 
 def _decode(code: bytes, addr: int) -> list[Any]:
     """Return the instructions that fill `code` exactly; none if it has another shape."""
-    found = list(_DECODER.disasm(code, addr & _MASK))
+    found = disassemble(code, addr)
     return found if sum(insn.size for insn in found) == len(code) else []
+
+
+@dataclass(frozen=True)
+class _Unknown:
+    """An instruction without operands that capstone does not know."""
+
+    address: int
+    mnemonic: str
+    bytes: bytes
+    id: int = 0
+    op_str: str = ""
+    operands: tuple[()] = ()
+    prefix: tuple[int, ...] = (0, 0, 0, 0)
+
+    @property
+    def size(self) -> int:
+        return len(self.bytes)
+
+    def group(self, number: int) -> bool:
+        return number == 0
+
+
+_UNKNOWN = {bytes.fromhex("0f01e8"): "serialize"}
+
+
+def disassemble(code: bytes, addr: int) -> list[Any]:
+    """Return the instructions from the start of `code` on, as far as they are any."""
+    found: list[Any] = []
+    at = 0
+    while at < len(code):
+        found += _DECODER.disasm(code[at:], (addr + at) & _MASK)
+        at = sum(insn.size for insn in found)
+        unknown = code[at : at + 3]
+        if unknown not in _UNKNOWN:
+            break
+        found.append(_Unknown((addr + at) & _MASK, _UNKNOWN[unknown], unknown))
+        at += len(unknown)
+    return found
 
 
 def _is_direct_call(insn: Any) -> bool:

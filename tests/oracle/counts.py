@@ -7,12 +7,9 @@ the commit, trampolines while they are reachable. All instructions are told by c
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-import capstone
 import numpy as np
 import numpy.typing as npt
 from capstone import x86_const as x86
@@ -20,35 +17,32 @@ from capstone import x86_const as x86
 from kernweave.model.plan import Plan, Tactic
 from kernweave.model.point import Kind
 from kernweave.session.session import Session
-from oracle.copies import why_different
+from oracle.copies import disassemble, why_different
 from oracle.lab import OracleLab
 from oracle.oracle import Counts
 
 NOP5 = bytes.fromhex("0f1f440000")
 MAX_INSN = 15
-TACTICS = ("nop5", "jmp32")
+TACTICS = ("nop5", "jmp32", "group", "springboard")
 Fault = Callable[[Plan], Plan]
 Hits = dict[tuple[int, Kind], int]
 
-_DECODER = capstone.Cs(capstone.CS_ARCH_X86, capstone.CS_MODE_64)
-_DECODER.detail = True
 _MASK = (1 << 64) - 1
 _NO_WAY_ON = (x86.X86_INS_JMP, x86.X86_INS_RET)
 
 
 @dataclass(frozen=True)
 class Site:
-    """One changed place, as read from the kernel.
+    """One counted instruction, as read from the kernel.
 
     Attributes:
-        addr: of the site.
+        addr: of the instruction.
         tactic: how it was spliced.
-        native: bytes of its one instruction, before the commit.
+        native: its bytes, before the commit.
         behind: bytes of the instruction behind it.
         entered_behind: whether a branch of the function leads to the instruction behind.
-        start: of the trampoline: where the site's jump leads.
-        code: bytes of the trampoline.
         copy: address of the displaced copy; for `nop5` of the jump back.
+        code: bytes from the copy on.
     """
 
     addr: int
@@ -56,22 +50,32 @@ class Site:
     native: bytes
     behind: bytes
     entered_behind: bool
-    start: int
-    code: bytes
     copy: int
-
-    @property
-    def copy_code(self) -> bytes:
-        """Bytes of the copy: one instruction, or two for a direct call; b"" if it is none."""
-        found = _decode(self.code[self.copy - self.start :], self.copy)
-        count = 2 if self.native.lstrip(b"\x2e\x3e")[:1] == b"\xe8" else 1
-        return b"".join(bytes(insn.bytes) for insn in found[:count])
+    code: bytes
 
     @property
     def arrival(self) -> bytes:
         """Bytes of the copy's first instruction, whose executions are hits."""
-        found = _decode(self.code[self.copy - self.start :], self.copy)
+        found = disassemble(self.code, self.copy)
         return bytes(found[0].bytes) if found else b""
+
+
+@dataclass(frozen=True)
+class Window:
+    """One changed place, as read from the kernel.
+
+    Attributes:
+        addr: of its first instruction.
+        insns: address and native bytes of each instruction there.
+        start: of the trampoline: where the jump there leads, through its springboard if it is
+            short.
+        code: bytes of the trampoline, and of those behind it.
+    """
+
+    addr: int
+    insns: tuple[tuple[int, bytes], ...]
+    start: int
+    code: bytes
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,7 @@ class Measured:
 
     Attributes:
         sites: by address.
+        windows: what was changed.
         functions: names of those with a point that is placed.
         hits: what kernweave says, per point.
         window: executions from before the commit to after detach, taken at two stops; of the
@@ -88,6 +93,7 @@ class Measured:
     """
 
     sites: dict[int, Site]
+    windows: tuple[Window, ...]
     functions: frozenset[str]
     hits: Hits
     window: Counts
@@ -107,7 +113,7 @@ def measure(
     with k.count(*points, tactics=TACTICS, amend=witness) as attachment:
         plan = attachment.plan
         live = k.read(plan.base, len(plan.code))
-        sites = witness.sites(live)
+        sites, windows = witness.sites(live), witness.windows(live)
         begin = machine.snapshot()
         work()
         end = machine.snapshot()
@@ -118,7 +124,7 @@ def measure(
     hits = dict(zip(keys, attachment.hits().tolist(), strict=True))
     functions = frozenset(point.function for point in attachment.placed)
     window, inside = (_only(sites, counts) for counts in (after.since(before), end.since(begin)))
-    return Measured(sites, functions, hits, window, inside)
+    return Measured(sites, windows, functions, hits, window, inside)
 
 
 def _only(sites: dict[int, Site], counts: Counts) -> Counts:
@@ -142,36 +148,56 @@ class _Witness:
 
     def __call__(self, plan: Plan) -> Plan:
         read = self._session.driver.read_ranges
-        data = read(plan.addr, plan.addr + np.uint64(2 * MAX_INSN))
         step = 2 * MAX_INSN
+        data = read(plan.addr, plan.addr + np.uint64(step))
         self._native = [data[at : at + step] for at in range(0, len(data), step)]
+        sizes = np.array([len(old) for old in plan.pokes.old])
+        self._old = read(plan.pokes.addr, plan.pokes.addr + sizes.astype(np.uint64))
         self._targets = _branch_targets(self._session, plan)
         self._plan = self._fault(plan) if self._fault else plan
         return self._plan
 
     def sites(self, live: bytes) -> dict[int, Site]:
         plan = self._plan
-        starts = [
-            _jump_target(new.tobytes(), int(a)) for a, new in zip(plan.addr, plan.new, strict=True)
-        ]
-        ends = sorted({*starts, plan.base + len(live)})
         found = {}
         for row, addr in enumerate(plan.addr.tolist()):
-            start = starts[row]
-            end = ends[bisect_right(ends, start)]
-            code = live[start - plan.base : end - plan.base]
-            here, behind = _decode(self._native[row], addr)[:2]
-            nop5 = plan.tactic[row] is Tactic.NOP5
-            copy = _way_back(code, start) if nop5 else int(plan.copy[row])
+            here, behind = disassemble(self._native[row], addr)[:2]
+            if plan.tactic[row] is Tactic.NOP5:
+                start = _trampoline(plan, int(plan.poke[row]))
+                copy = _way_back(live[start - plan.base :], start)
+            else:
+                copy = int(plan.copy[row])
             found[addr] = Site(
                 addr, plan.tactic[row], bytes(here.bytes), bytes(behind.bytes),
-                behind.address in self._targets, start, code, copy,
+                behind.address in self._targets, copy, live[copy - plan.base :][: 2 * MAX_INSN],
             )  # fmt: skip
         return found
 
+    def windows(self, live: bytes) -> tuple[Window, ...]:
+        plan, at, found = self._plan, 0, []
+        for row, addr in enumerate(plan.pokes.addr.tolist()):
+            native = self._old[at : at + len(plan.pokes.old[row])]
+            at += len(plan.pokes.old[row])
+            insns = [(i.address & _MASK, bytes(i.bytes)) for i in disassemble(native, addr)]
+            while insns and insns[-1][1] == b"\xcc":
+                insns.pop()
+            if not insns:  # a springboard in filler
+                continue
+            start = _trampoline(plan, row)
+            code = live[start - plan.base :][:512]
+            found.append(Window(addr, tuple(insns), start, code))
+        return tuple(found)
 
-def _decode(code: bytes, addr: int) -> list[Any]:
-    return list(_DECODER.disasm(code, addr))
+
+def _trampoline(plan: Plan, row: int) -> int:
+    """Return where a poke leads in the end."""
+    addr, new = int(plan.pokes.addr[row]), plan.pokes.new[row]
+    if new[0] == 0xEB:
+        board = addr + 2 + int.from_bytes(new[1:2], "little", signed=True)
+        host = int(np.searchsorted(plan.pokes.addr, np.uint64(board), side="right")) - 1
+        off = board - int(plan.pokes.addr[host])
+        addr, new = board, plan.pokes.new[host][off:]
+    return _jump_target(new[:5], addr)
 
 
 def _jump_target(jump: bytes, addr: int) -> int:
@@ -181,7 +207,7 @@ def _jump_target(jump: bytes, addr: int) -> int:
 
 def _way_back(code: bytes, start: int) -> int:
     """Return the address of a trampoline's jump; its counter has none."""
-    jumps = [insn for insn in _decode(code, start) if insn.id == x86.X86_INS_JMP]
+    jumps = [insn for insn in disassemble(code, start) if insn.id == x86.X86_INS_JMP]
     return int(jumps[0].address)
 
 
@@ -197,7 +223,7 @@ def _branch_targets(session: Session, plan: Plan) -> set[int]:
     for start in starts:
         bounds = image.bounds(start)
         assert bounds is not None
-        for insn in _decode(session.read(start, bounds[1] - start), start):
+        for insn in disassemble(session.read(start, bounds[1] - start), start):
             if insn.group(x86.X86_GRP_BRANCH_RELATIVE):
                 targets.add(insn.operands[0].imm & _MASK)
     return targets
@@ -210,7 +236,7 @@ def differences(measured: Measured) -> list[str]:
     """Return everything in which counters, copies and executions do not agree."""
     sites = measured.sites
     expected = arrivals(measured)
-    found = [why for site in sites.values() for why in _wrong_code(site)]
+    found = [why for one in measured.windows for why in _wrong_window(one, sites)]
     for (addr, _), hits in measured.hits.items():
         if hits != expected[addr]:
             found.append(f"{addr:#x}: {hits} hits, {expected[addr]} executions of the copy")
@@ -241,31 +267,53 @@ def per_cpu(measured: Measured) -> dict[int, tuple[int, int]]:
     return result
 
 
-def _wrong_code(site: Site) -> list[str]:
-    """Judge a trampoline from its copy on: the native instruction, and the way back."""
-    after = site.addr + len(site.native)
-    if site.tactic is Tactic.NOP5:
-        wrong = "" if site.native == NOP5 else "the site is no nop of ftrace"
-        back = _decode(site.code[site.copy - site.start :], site.copy)[0]
-        return _named(site, wrong, _wrong_way_back(back, after))
-    copy = site.copy_code
-    wrong = why_different(site.native, site.addr, copy, site.copy)
-    native = _decode(site.native, site.addr)[0]
-    if native.id in (*_NO_WAY_ON, x86.X86_INS_CALL):
-        return _named(site, wrong)
-    at = site.copy + len(copy)
-    back = _decode(site.code[at - site.start :], at)[0]
-    return _named(site, wrong, _wrong_way_back(back, after))
+def _wrong_window(window: Window, sites: dict[int, Site]) -> list[str]:
+    """Judge a trampoline: counters where they belong, every native instruction, the way back."""
+    first = sites.get(window.addr)
+    at, after = window.start, window.addr
+    if first and first.tactic is Tactic.NOP5:
+        wrong = "" if window.insns == ((window.addr, NOP5),) else "the site is no nop of ftrace"
+        return _named(window, wrong, _wrong_counter(window, at, first.copy),
+                      _wrong_way_back(window, first.copy, window.addr + len(NOP5)))  # fmt: skip
+    problems = []
+    for addr, native in window.insns:
+        if site := sites.get(addr):
+            problems.append(_wrong_counter(window, at, site.copy))
+            at = site.copy
+        found = disassemble(window.code[at - window.start :], at)
+        direct = native.lstrip(b"\x2e\x3e")[:1] == b"\xe8"
+        copy = b"".join(bytes(insn.bytes) for insn in found[: 2 if direct else 1])
+        problems.append(why_different(native, addr, copy, at))
+        at, after = at + len(copy), addr + len(native)
+    last = disassemble(window.insns[-1][1], window.insns[-1][0])[0]
+    if last.id not in (*_NO_WAY_ON, x86.X86_INS_CALL):
+        problems.append(_wrong_way_back(window, at, after))
+    return _named(window, *problems)
 
 
-def _wrong_way_back(insn: Any, after: int) -> str:
+#: what a counter consists of, in this order; only two of them are always there
+_COUNTER = (x86.X86_INS_PUSHFQ, x86.X86_INS_PUSH, x86.X86_INS_MOVABS, x86.X86_INS_INC,
+            x86.X86_INS_POP, x86.X86_INS_POPFQ)  # fmt: skip
+
+
+def _wrong_counter(window: Window, start: int, end: int) -> str:
+    code = window.code[start - window.start : end - window.start]
+    found = [insn.id for insn in disassemble(code, start)]
+    steps = [_COUNTER.index(one) if one in _COUNTER else -1 for one in found]
+    if steps != sorted(set(steps)) or not {2, 3} <= set(steps) or -1 in steps:
+        return f"{code.hex()} at {start:#x} is no counter"
+    return ""
+
+
+def _wrong_way_back(window: Window, at: int, after: int) -> str:
+    insn = disassemble(window.code[at - window.start :], at)[0]
     if insn.id == x86.X86_INS_JMP and insn.operands[0].imm & _MASK == after:
         return ""
     return f"{insn.mnemonic} {insn.op_str} instead of a jump back to {after:#x}"
 
 
-def _named(site: Site, *problems: str) -> list[str]:
-    return [f"{site.addr:#x}: {problem}" for problem in problems if problem]
+def _named(window: Window, *problems: str) -> list[str]:
+    return [f"{window.addr:#x}: {problem}" for problem in problems if problem]
 
 
 def _wrong_entries(measured: Measured) -> list[str]:
@@ -302,9 +350,14 @@ def overwrite(plan: Plan, *edits: tuple[int, bytes]) -> Plan:
 def counter_at(plan: Plan, addr: int) -> tuple[int, int, int]:
     """Return where in the plan's code a site's counter is: its offset, `inc`, what follows."""
     row = plan.addr.tolist().index(addr)
-    start = _jump_target(plan.new[row].tobytes(), addr) - plan.base
+    saved = plan.spills[row]
+    size = 15 + 2 * ("flags" in saved) + 4 * any(one != "flags" for one in saved)
+    start = int(plan.copy[row]) - size
+    if plan.tactic[row] is Tactic.NOP5:
+        start = _trampoline(plan, int(plan.poke[row]))
+    start -= plan.base
     hole = -1
-    for insn in _decode(plan.code[start : start + 64], start):
+    for insn in disassemble(plan.code[start : start + 64], start):
         if insn.id == x86.X86_INS_MOVABS:
             hole = insn.address + insn.size - 8
         if insn.id == x86.X86_INS_INC:

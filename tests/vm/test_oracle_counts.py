@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -126,7 +127,7 @@ def _summary(machine: OracleLab, measured: Measured, mode: str) -> dict[str, Any
         "subsystems": sorted(POINTS),
         "functions": len(measured.functions),
         "points": len(sites),
-        "tactics": {"nop5": len(entries), "jmp32": len(sites) - len(entries)},
+        "tactics": dict(Counter(site.tactic.value for site in sites)),
         "entries_checked_by_native_code": sum(not site.entered_behind for site in entries),
         "hit": int((counts > 0).sum()),
         "over_100k": int((counts > HOT).sum()),

@@ -11,12 +11,13 @@ import numpy as np
 import numpy.typing as npt
 
 from kernweave.analysis.lookup import RowIndex
-from kernweave.image.sites import Sites
+from kernweave.image.sites import Sites, contains
 from kernweave.x86.decode import Decoded, Flow, Trait, decode
 
 Mask = npt.NDArray[np.bool_]
 _ENDS_FLOW = (Flow.JUMP, Flow.RETURN, Flow.INDIRECT_JUMP, Flow.LEAVE)
 _ENDS_BLOCK = (*_ENDS_FLOW, Flow.BRANCH)
+_ENDBR_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,7 @@ class Code:
         writes: uint32[n], mask of registers and flags overwritten.
         target: uint64[n], direct branch or call target, else 0.
         leader: bool[n], first instruction of a block.
+        landing: bool[n], control may arrive otherwise than from the instruction before.
         room: uint8[n], `length` and the int3 filler directly behind it, which nothing leads to.
         return_thunks: addresses to which a jump is a return.
         thunks: [start, end) of text in which a jump or call is an indirect one.
@@ -78,6 +80,7 @@ class Code:
     writes: npt.NDArray[np.uint32]
     target: npt.NDArray[np.uint64]
     leader: Mask
+    landing: Mask
     room: npt.NDArray[np.uint8]
     return_thunks: npt.NDArray[np.uint64]
     thunks: tuple[int, int] = (0, 0)
@@ -137,6 +140,7 @@ def arrange(parts: Sequence[Part], columns: Decoded, sites: Sites) -> Code:
     first[1:] = part[1:] != part[:-1]
     keep = ~_padding(columns, targeted | _is_table_row(index, sites), first)
     leader = _leaders(columns, targeted | first, keep, index.mark(sites.jump_labels))
+    trait = columns.trait | np.where(_sealed(columns, first, sites), Trait.ENDBR, 0)
     rows = np.flatnonzero(keep)
     return Code(
         parts=tuple(parts),
@@ -144,16 +148,23 @@ def arrange(parts: Sequence[Part], columns: Decoded, sites: Sites) -> Code:
         addr=addr[rows],
         length=columns.length[rows],
         flow=columns.flow[rows],
-        trait=columns.trait[rows],
+        trait=trait[rows],
         reads=columns.reads[rows],
         writes=columns.writes[rows],
         target=columns.target[rows],
         leader=leader[rows],
+        landing=(targeted | first | index.mark(columns.operands))[rows],
         room=_room(columns, keep)[rows],
         return_thunks=sites.return_thunks,
         thunks=sites.thunks,
         operands=columns.operands,
     )
+
+
+def _sealed(columns: Decoded, first: Mask, sites: Sites) -> Mask:
+    """The nop that stands for endbr64 in a function that is never called indirectly."""
+    nop = first & ((columns.trait & Trait.NOP) != 0) & (columns.length == _ENDBR_BYTES)
+    return np.asarray(nop & contains(sites.ftrace, columns.addr + np.uint64(_ENDBR_BYTES)))
 
 
 def _padding(columns: Decoded, targeted: Mask, first: Mask) -> Mask:

@@ -17,7 +17,7 @@ from kernweave.errors import Reason
 from kernweave.image.sites import Sites, contains
 from kernweave.model.table import Column, columns, concat
 from kernweave.model.tables import Blocks, EdgeKind, Edges, Functions, Instructions
-from kernweave.x86.decode import decode
+from kernweave.x86.decode import Flow, decode
 
 Addrs = npt.NDArray[np.uint64]
 U32 = npt.NDArray[np.uint32]
@@ -41,6 +41,18 @@ class Stretches:
 
 
 @dataclass(frozen=True)
+class Landings:
+    """Where control may arrive otherwise than from the instruction before.
+
+    Attributes:
+        addr: uint64[l], instructions that a jump, a call, a fix-up or a stored address may lead
+            to, ascending within an image.
+    """
+
+    addr: Addrs
+
+
+@dataclass(frozen=True)
 class KernelTables:
     """Tables of one or several images.
 
@@ -51,6 +63,7 @@ class KernelTables:
         blocks: one row each.
         edges: one row each.
         stretches: one row each.
+        landings: one row each.
     """
 
     names: tuple[str, ...]
@@ -59,6 +72,7 @@ class KernelTables:
     blocks: Blocks
     edges: Edges
     stretches: Stretches
+    landings: Landings
 
 
 @dataclass(frozen=True)
@@ -185,7 +199,19 @@ def tables_of(code: Code, liveness: Liveness, hints: Hints) -> KernelTables:
         blocks=blocks,
         edges=edges,
         stretches=Stretches(code.addr[graph.first], code.addr[graph.last], liveness.after),
+        landings=Landings(code.addr[landings_of(code, hints.taken)]),
     )
+
+
+def landings_of(code: Code, taken: Addrs) -> Mask:
+    """bool[n]: where control may arrive otherwise than from the instruction before.
+
+    Args:
+        code: all that may lead there.
+        taken: words of data that may be addresses of instructions.
+    """
+    calls = code.target[code.flow == Flow.CALL]
+    return np.asarray(code.landing | code.index.mark(calls, taken))
 
 
 def _taken(code: Code, hints: Hints, blocks: Blocks, edges: Edges) -> Mask:
@@ -297,6 +323,7 @@ def join(tables: Sequence[KernelTables]) -> KernelTables:
         concat([one.blocks for one in moved]),
         concat([one.edges for one in moved]),
         concat([one.stretches for one in moved]),
+        concat([one.landings for one in moved]),
     )
 
 
@@ -325,4 +352,5 @@ def _shift(one: KernelTables, shifts: dict[str, int], image: int) -> KernelTable
         Blocks(**moved(one.blocks)),
         Edges(**moved(one.edges)),
         one.stretches,
+        one.landings,
     )

@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kernweave.analysis.kernel import KernelTables, Stored, Stretches
+from kernweave.analysis.kernel import KernelTables, Landings, Stored, Stretches
 from kernweave.analysis.normal import Print, differing
 from kernweave.model.table import Column, columns, load_tables, save_tables
 from kernweave.model.tables import Blocks, Edges, Functions, Instructions
 
-SCHEMA = 6  # of the folders; one more whenever the analysis finds something else
+SCHEMA = 7  # of the folders; one more whenever the analysis finds something else
 MAX_TEXTS = 6  # per build id; the oldest goes
 _OURS = f"{SCHEMA}-*"  # another version's folders are left alone, so that two can take turns
 _STORED = "[!.]*"  # a name with a dot is being written
@@ -36,6 +36,7 @@ _KINDS: dict[str, Any] = {
     "blocks": Blocks,
     "edges": Edges,
     "stretches": Stretches,
+    "landings": Landings,
     "print": Print,
 }
 

@@ -57,7 +57,7 @@ def _engine(ctx: click.Context, param: click.Parameter, value: str) -> str:
 @click.argument("points", nargs=-1, required=True, metavar="POINT...")
 @click.option("--for", "seconds", type=float, metavar="SECONDS", help="Count for so long.")
 @click.option("--partial", is_flag=True, help="Place what can be placed, refuse the rest.")
-@click.option("--tactic", metavar="A,B", help="Allow only these tactics: nop5, jmp32, int3.")
+@click.option("--tactic", metavar="A,B", help=f"Allow only these tactics: {', '.join(Tactic)}.")
 @click.option("--no-trap", is_flag=True, help="Refuse points where only a trap fits.")
 @click.option(
     "--engine",

@@ -12,6 +12,7 @@ import click
 from kernweave import connect
 from kernweave.cli.count import END_SCHEMA
 from kernweave.cli.output import print_json, print_table, progress
+from kernweave.model.plan import Tactic
 from kernweave.session.session import Session
 from kernweave.session.survey import SiteVerdict
 
@@ -20,7 +21,7 @@ _SHOWN_ROWS = 30
 
 @click.command()
 @click.argument("points", nargs=-1, required=True, metavar="POINT...")
-@click.option("--tactic", metavar="A,B", help="Allow only these tactics: nop5, jmp32, int3.")
+@click.option("--tactic", metavar="A,B", help=f"Allow only these tactics: {', '.join(Tactic)}.")
 @click.option("--all", "every", is_flag=True, help="Print every row, not the first 30.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
 @click.pass_obj

@@ -136,7 +136,8 @@ class FakeKernel:
 
     def pinned_sites(self) -> int:
         """Sites that could not be restored yet and whose session is gone."""
-        return sum(txn.states.count(State.STUCK) for txn in self.pinned)
+        states = [state for txn in self.pinned for state in txn.states]
+        return states.count(State.STUCK) + states.count(State.HELD)
 
     def facts(self) -> bytes:
         """The reply to a hello: `kw_facts`."""
@@ -245,7 +246,7 @@ class FakeSession:
         for trap_set in self._sets.values():
             kernel.traps.drop(trap_set)
         for txn in reversed(self._txns.values()):
-            if txn.area is not None and kernel.text.undo(txn).stuck:
+            if txn.area is not None and kernel.text.undo(txn, wait=False).stuck:
                 txn.pinned = True
                 kernel.pinned.append(txn)
             else:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Transactions of the fake driver: csrc/kmod/text.c, and their undo: csrc/kmod/undo.c."""
+"""Transactions of the fake driver: csrc/kmod/text.c, group.c, and their undo: undo.c."""
 
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,11 +13,14 @@ from kernweave.driver import uapi
 from kernweave.driver.client import Undone
 from kernweave.driver.fake_area import Areas, FakeArea
 from kernweave.driver.fake_memory import Memory, Out, RefusalError, refuse_if, row_bytes
-from kernweave.driver.uapi import Owner, State
+from kernweave.driver.uapi import Owner, PokeFlag, State
 
 _JUMP_BYTES = 5
 _JUMP_OPCODE = 0xE9
+_SHORT_BYTES = 2
+_SHORT_OPCODE = 0xEB
 _INT3 = b"\xcc"
+_OURS = (State.PLACED, State.STUCK, State.ARMED, State.HELD)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,17 @@ class FakePoke:
     old: bytes
     new: bytes
     whole: bytes
+    flags: PokeFlag
+
+    @property
+    def end(self) -> int:
+        """Address behind the last byte."""
+        return self.addr + len(self.old)
+
+    @property
+    def is_short(self) -> bool:
+        """Whether it jumps to a springboard."""
+        return self.new[0] == _SHORT_OPCODE
 
 
 @dataclass
@@ -57,6 +71,7 @@ class FakeTxn:
     states: list[State]
     kmods: set[str] = field(default_factory=set)
     pinned: bool = False
+    settled: bool = False  # nobody can be between a short jump and its springboard
 
     def addrs(self, state: State) -> list[int]:
         """Addresses of the pokes in a state, ascending."""
@@ -101,11 +116,14 @@ class Text:
         kmods: set[str] = set()
         end = 0
         for out.detail, row in enumerate(table):
-            wrong = int(row["addr"]) < end or not _is_jump_into(row, area)
-            refuse_if(wrong, errno.EINVAL)
-            kmods |= self._holder(int(row["addr"]), int(row["len"]))
+            refuse_if(int(row["addr"]) < end or row["len"] > uapi.POKE_BYTES, errno.EINVAL)
             end = int(row["addr"]) + int(row["len"])
+            refuse_if(not _is_allowed(_poke(row), area), errno.EINVAL)
         pokes = tuple(map(_poke, table))
+        for out.detail, poke in enumerate(pokes):
+            refuse_if(poke.is_short and not _has_springboard(poke, pokes), errno.EINVAL)
+        for out.detail, poke in enumerate(pokes):
+            kmods |= self._holder(poke.addr, len(poke.old))
         txn = FakeTxn(self._next_id, area, pokes, [State.WAITING] * len(pokes), kmods)
         self._next_id += 1
         area.users += 1
@@ -127,45 +145,74 @@ class Text:
         Raises:
             RefusalError: ESTALE; `out.detail` is the poke whose old bytes differ.
         """
-        for start in range(0, len(txn.pokes), uapi.BATCH):
-            batch = range(start, min(start + uapi.BATCH, len(txn.pokes)))
-            for out.detail in batch:
-                poke = txn.pokes[out.detail]
-                refuse_if(self._has_kprobe(poke.addr, len(poke.old)), errno.ESTALE)
-                refuse_if(not self._memory.matches(poke.addr, poke.old), errno.ESTALE)
+        for rows in _batches(txn):
             writes = []
-            for i in batch:
-                poke = txn.pokes[i]
-                writes.append(Write(poke.addr, poke.old, poke.new))
-                txn.states[i] = State.PLACED
+            for out.detail in rows:
+                poke = txn.pokes[out.detail]
+                if PokeFlag.GROUP in poke.flags:
+                    self._check(poke, poke.old)
+                    writes.append(Write(poke.addr, poke.old[:1], _INT3))
+                    txn.states[out.detail] = State.ARMED
             self._flush(writes, undo=False)
-            out.detail = batch[-1]
+        for shorts in (False, True):
+            for rows in _batches(txn, shorts):
+                self._poke(txn, rows, out)
+
+    def _poke(self, txn: FakeTxn, rows: list[int], out: Out) -> None:
+        """`kw_poke_batch`."""
+        writes = []
+        for out.detail in rows:
+            poke = txn.pokes[out.detail]
+            armed = txn.states[out.detail] == State.ARMED
+            self._check(poke, _INT3 + poke.old[1:] if armed else poke.old)
+            writes.append(Write(poke.addr, poke.old, poke.new))
+        for i in rows:
+            txn.states[i] = State.PLACED
+        self._flush(writes, undo=False)
+
+    def _check(self, poke: FakePoke, expected: bytes) -> None:
+        refuse_if(self._has_kprobe(poke.addr, len(poke.old)), errno.ESTALE)
+        refuse_if(not self._memory.matches(poke.addr, expected), errno.ESTALE)
 
     # ---- undo ----------------------------------------------------------------------------------
 
-    def undo(self, txn: FakeTxn) -> Undone:
+    def undo(self, txn: FakeTxn, *, wait: bool = True) -> Undone:
         """Restore what is placed or stuck; idempotent: `kw_undo_all`."""
-        for start in range(0, len(txn.pokes), uapi.BATCH):
-            self._restore(txn, range(start, min(start + uapi.BATCH, len(txn.pokes))))
-        stuck = txn.addrs(State.STUCK)
+        if not txn.settled:
+            for rows in _batches(txn, True):
+                self._restore(txn, rows)
+            gone = all(
+                txn.states[i] not in (State.PLACED, State.STUCK)
+                for rows in _batches(txn, True)
+                for i in rows
+            )
+            txn.settled = gone and wait
+        for rows in _batches(txn, False):
+            self._restore(txn, rows)
+        stuck = [*txn.addrs(State.STUCK), *txn.addrs(State.HELD)]
         if not stuck and txn.area is not None:
             self._areas.unreachable(txn.area)
             txn.area = None
         restored, evicted = (txn.states.count(s) for s in (State.RESTORED, State.EVICTED))
-        return Undone(restored, evicted, len(stuck), tuple(stuck))
+        return Undone(restored, evicted, len(stuck), tuple(sorted(stuck)))
 
-    def _restore(self, txn: FakeTxn, batch: range) -> None:
+    def _restore(self, txn: FakeTxn, rows: list[int]) -> None:
         """`kw_text_restore`."""
         writes = []
-        for i in batch:
+        for i in rows:
             poke = txn.pokes[i]
-            if txn.states[i] not in (State.PLACED, State.STUCK):
+            if txn.states[i] not in _OURS:
                 continue
+            if PokeFlag.HOST in poke.flags and not txn.settled:
+                txn.states[i] = State.HELD
+                continue
+            armed = txn.states[i] == State.ARMED
+            now = _INT3 + poke.old[1:] if armed else poke.new
             txn.states[i] = State.RESTORED
             if self._has_kprobe(poke.addr, len(poke.old)):
                 txn.states[i] = State.STUCK
-            elif self._memory.matches(poke.addr, poke.new):
-                writes.append(Write(poke.addr, poke.new, poke.old))
+            elif self._memory.matches(poke.addr, now):
+                writes.append(Write(poke.addr, now, poke.old))
             elif not self._memory.matches(poke.addr, poke.old):
                 txn.states[i] = State.STUCK
         self._flush(writes, undo=True)
@@ -201,7 +248,7 @@ class Text:
             )
             for txn in self.txns
             for poke, state in zip(txn.pokes, txn.states, strict=True)
-            if state in (State.PLACED, State.STUCK)
+            if state in _OURS
         )
 
     def _flush(self, writes: list[Write], *, undo: bool) -> None:
@@ -212,20 +259,58 @@ class Text:
             self.log.append(Batch(undo, tuple(writes)))
 
 
+def _batches(txn: FakeTxn, shorts: bool | None = None) -> Iterator[list[int]]:
+    """Rows of the pokes of one pass, those of one hold of `text_mutex` at a time."""
+    for start in range(0, len(txn.pokes), uapi.BATCH):
+        rows = range(start, min(start + uapi.BATCH, len(txn.pokes)))
+        yield [i for i in rows if shorts is None or txn.pokes[i].is_short == shorts]
+
+
 def _poke(row: np.void) -> FakePoke:
     size = int(row["len"])
     old, new = bytes(row["old"]), bytes(row["new_"])
-    return FakePoke(int(row["addr"]), old[:size], new[:size], old)
+    flags = PokeFlag(int(row["flags"]))
+    return FakePoke(int(row["addr"]), old[:size], new[:size] or b"\0", old, flags)
 
 
-def _is_jump_into(row: np.void, area: FakeArea) -> bool:
-    """`kw_is_jump_into`."""
-    new = bytes(row["new_"])
-    size = int(row["len"])
-    if not _JUMP_BYTES <= size < uapi.POKE_BYTES or new[0] != _JUMP_OPCODE:
-        return False
-    if new[_JUMP_BYTES:size].strip(_INT3):  # what is left of a longer instruction
-        return False
-    distance = int.from_bytes(new[1:_JUMP_BYTES], "little", signed=True)
-    target = (int(row["addr"]) + _JUMP_BYTES + distance) % (1 << 64)
-    return area.addr <= target < area.addr + area.size
+def _target(addr: int, jump: bytes) -> int:
+    return addr + len(jump) + int.from_bytes(jump[1:], "little", signed=True)
+
+
+def _is_allowed(poke: FakePoke, area: FakeArea) -> bool:
+    """`kw_is_long_jump`; of a short one the form alone."""
+    if poke.is_short:
+        return len(poke.new) >= _SHORT_BYTES and not poke.new[_SHORT_BYTES:].strip(_INT3)
+    starts = _jumps(poke, area)
+    return starts is not None and (PokeFlag.HOST in poke.flags or starts == [0])
+
+
+def _jumps(poke: FakePoke, area: FakeArea) -> list[int] | None:
+    """Offsets of the jumps in a poke; None if there is anything else but int3."""
+    starts, off = [], 0
+    while off < len(poke.new):
+        jump = poke.new[off : off + _JUMP_BYTES]
+        if off and jump[:1] == _INT3:
+            off += 1
+            continue
+        target = _target(poke.addr + off, jump) % (1 << 64)
+        inside = area.addr <= target < area.addr + area.size
+        if len(jump) < _JUMP_BYTES or jump[0] != _JUMP_OPCODE or not inside:
+            return None
+        starts.append(off)
+        off += _JUMP_BYTES
+    return starts
+
+
+def _has_springboard(short: FakePoke, pokes: Sequence[FakePoke]) -> bool:
+    """`kw_is_springboard`."""
+    target = _target(short.addr, short.new[:_SHORT_BYTES])
+    for host in pokes:
+        if host.addr <= target < host.end and PokeFlag.HOST in host.flags and not host.is_short:
+            off = 0
+            while off < target - host.addr:
+                off += _JUMP_BYTES
+                while host.new[off : off + 1] == _INT3:
+                    off += 1
+            return off == target - host.addr
+    return False

@@ -7,7 +7,7 @@ from enum import IntEnum, IntFlag
 
 import numpy as np
 
-VERSION = 1
+VERSION = 2
 MAGIC = 0x5245574B
 
 MAX_REQUEST = 64 << 20
@@ -17,7 +17,7 @@ MAX_POKES = 1 << 20
 MAX_CODE = 256 << 20
 MAX_PERCPU = 32 << 10
 BATCH = 256
-POKE_BYTES = 16
+POKE_BYTES = 24
 
 
 class Op(IntEnum):
@@ -54,6 +54,15 @@ class State(IntEnum):
     EVICTED = 2
     RESTORED = 3
     STUCK = 4
+    ARMED = 5
+    HELD = 6
+
+
+class PokeFlag(IntFlag):
+    """Bits of `kw_poke.flags`."""
+
+    GROUP = 1
+    HOST = 2
 
 
 class Owner(IntEnum):
@@ -130,7 +139,7 @@ POKE = np.dtype(
     [
         ("addr", "<u8"),
         ("len", "<u4"),
-        ("pad", "<u4"),
+        ("flags", "<u4"),
         ("old", "u1", (POKE_BYTES,)),
         ("new_", "u1", (POKE_BYTES,)),
     ]

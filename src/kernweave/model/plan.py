@@ -18,6 +18,8 @@ class Tactic(StrEnum):
 
     NOP5 = "nop5"
     JMP32 = "jmp32"
+    GROUP = "group"
+    SPRINGBOARD = "springboard"
     INT3 = "int3"
 
 
@@ -52,37 +54,56 @@ class Refused:
 
 
 @dataclass(frozen=True)
+class Pokes:
+    """What is going to be written into text, ascending by address.
+
+    Attributes:
+        addr: uint64[k], where.
+        old: k times the bytes expected there.
+        new: k times the bytes to be written: a jump, and int3 or springboards behind it.
+        group: bool[k], replaces several instructions: somebody may be between them.
+        host: bool[k], is a springboard, or has some behind its jump.
+    """
+
+    addr: npt.NDArray[np.uint64]
+    old: tuple[bytes, ...]
+    new: tuple[bytes, ...]
+    group: npt.NDArray[np.bool_]
+    host: npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything a commit needs, for code that starts at `base`.
 
-    Sites of `int3` come last and need no code: the kernel's kprobes count there.
+    Instructions counted by a trap come last and need no code: the kernel's kprobes count there.
 
     Attributes:
         base: run-time address of `code`.
         code: trampolines, one after the other.
-        addr: uint64[n], sites; those with a jump ascend, and so do those with a trap.
-        old: uint8[n, 5], bytes expected there.
-        new: uint8[n, 5], bytes to be written.
-        rest: n times the native bytes behind the first five of a longer instruction; they are
-            dead while the jump is in, and become int3.
+        addr: uint64[n], instructions that are counted; those displaced ascend, and so do those
+            with a trap.
         tactic: n tactics.
         spills: n tuples of what the counter has to save.
         copy: uint64[n], run-time address of the displaced instruction's copy; 0 if there is none.
-        counter: int32[n], number of the site's counter.
+        counter: int32[n], number of each one's counter.
+        poke: int32[n], row of `pokes` through which control gets to the counter, -1 for traps.
+        pokes: what is written.
+        trapped: first native byte of each instruction with a trap.
     """
 
     base: int
     code: bytes
     addr: npt.NDArray[np.uint64]
-    old: npt.NDArray[np.uint8]
-    new: npt.NDArray[np.uint8]
-    rest: tuple[bytes, ...]
     tactic: tuple[Tactic, ...]
     spills: tuple[tuple[str, ...], ...]
     copy: npt.NDArray[np.uint64]
     counter: npt.NDArray[np.int32]
+    poke: npt.NDArray[np.int32]
+    pokes: Pokes
+    trapped: bytes = b""
 
     @property
     def jumps(self) -> int:
-        """Number of sites with a jump; the others trap."""
-        return len(self.tactic) - self.tactic.count(Tactic.INT3)
+        """Number of instructions that are displaced; the others trap."""
+        return len(self.tactic) - len(self.trapped)

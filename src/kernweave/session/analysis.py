@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from kernweave.analysis.code import Code
+from kernweave.analysis.code import Code, Part, build_code
 from kernweave.analysis.hints import (
     exported_addresses,
     find_btf,
@@ -25,15 +25,18 @@ from kernweave.analysis.kernel import (
     analyse,
     analyse_text,
     join,
+    landings_of,
     live_before,
 )
 from kernweave.analysis.liveness import live_before as live_alone
 from kernweave.analysis.parts import make_parts
 from kernweave.analysis.store import find, functions_at, save
 from kernweave.image.btf import Btf
+from kernweave.image.sites import contains
 from kernweave.image.symbols import Symbols
 from kernweave.model.table import select
 from kernweave.session.view import KernelView
+from kernweave.x86.decode import Flow
 
 U32 = npt.NDArray[np.uint32]
 Mask = npt.NDArray[np.bool_]
@@ -76,6 +79,27 @@ class Analysis:
         if not found.all():
             live[~found] = live_alone(code, sites)[~found]
         return live
+
+    def landing(self, code: Code) -> Mask:
+        """bool[n]: where control may arrive otherwise than from the instruction before.
+
+        Of a kmod's data nothing is known: where it jumps through a register, anywhere.
+        """
+        found = contains(self.kernel.tables.landings.addr, code.addr)
+        for image in self._view.images[1:]:
+            if any(part.kmod == image.kmod for part in code.parts):
+                found |= contains(self._kmod_landings(image), code.addr)
+        return found
+
+    def _kmod_landings(self, image: Symbols) -> npt.NDArray[np.uint64]:
+        code = build_code(self._kmod_parts(image), self._view.sites)
+        start, end = code.thunks
+        indirect = (code.flow == Flow.JUMP) & (code.target >= start) & (code.target < end)
+        indirect |= code.flow == Flow.INDIRECT_JUMP
+        anywhere = np.zeros(len(code.parts), bool)
+        anywhere[code.part[indirect]] = True
+        none = np.zeros(0, np.uint64)
+        return np.asarray(code.addr[landings_of(code, none) | anywhere[code.part]])
 
     @cached_property
     def _stretches(self) -> Stretches:
@@ -137,11 +161,14 @@ class Analysis:
         return join([image.tables, *(self._kmod(one) for one in self._view.images[1:])])
 
     def _kmod(self, image: Symbols) -> KernelTables:
+        hints = Hints(np.array(image.starts, np.uint64), {})
+        return analyse(self._kmod_parts(image), self._view.sites, hints)
+
+    def _kmod_parts(self, image: Symbols) -> list[Part]:
         start = image.starts[0] if len(image.addr) else image.end
         bounds = (np.array([edge], np.uint64) for edge in (start, image.end))
         text = self._view.read_text(*bounds)[0]
-        parts = make_parts(image, start, text, self._view.sites)
-        return analyse(parts, self._view.sites, Hints(np.array(image.starts, np.uint64), {}))
+        return make_parts(image, start, text, self._view.sites)
 
 
 def _matters(tables: KernelTables, changed: Mask) -> bool:

@@ -7,6 +7,7 @@ import contextlib
 import errno
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -15,14 +16,16 @@ from kernweave.analysis.code import Code
 from kernweave.analysis.liveness import live_before
 from kernweave.driver import uapi
 from kernweave.driver.client import Area, Chunk, CommitError, Driver
-from kernweave.driver.uapi import Fact
+from kernweave.driver.uapi import Fact, PokeFlag
 from kernweave.errors import KernweaveError, Reason, RefusedError
-from kernweave.image.sites import Sites
-from kernweave.model.plan import Plan, Point, Refused, Tactic
+from kernweave.image.sites import Sites, contains
+from kernweave.model.plan import Plan, Point, Pokes, Refused, Tactic
 from kernweave.session.attachment import Placed
 from kernweave.session.resolve import Resolved
-from kernweave.splice.layout import COUNTER_BYTES, Site, add_traps, bind, draft
-from kernweave.splice.place import SITE_BYTES, Placement, Rules, place
+from kernweave.splice.board import Boards
+from kernweave.splice.layout import COUNTER_BYTES, Displaced, Site, add_traps, bind, draft
+from kernweave.splice.place import Rules, explain, place
+from kernweave.splice.window import SHORT_BYTES, SITE_BYTES
 from kernweave.x86.decode import ALL_MASK
 
 MAX_TRAPS = 4000
@@ -35,6 +38,16 @@ Clobber = Callable[[int, int], int]
 Amend = Callable[[Plan], Plan]
 
 
+class Known(Protocol):
+    """What the whole kernel tells of some functions."""
+
+    def live(self, code: Code) -> npt.NDArray[np.uint32]:
+        """uint32[n]: what is live before each instruction."""
+
+    def landing(self, code: Code) -> npt.NDArray[np.bool_]:
+        """bool[n]: where control may arrive otherwise than from the instruction before."""
+
+
 @dataclass(frozen=True, slots=True)
 class Choice:
     """The verdict on a request: what to change, and which points each site serves.
@@ -43,84 +56,139 @@ class Choice:
         points: points that can be placed.
         sites: what to change: jumps ascending by address, then traps ascending.
         site: int64[m], row in `sites` of each point.
+        row: int64[m], row in the plan of each point: its instruction among those counted.
         refused: the others.
     """
 
     points: tuple[Point, ...]
     sites: tuple[Site, ...]
     site: npt.NDArray[np.int64]
+    row: npt.NDArray[np.int64]
     refused: tuple[Refused, ...]
 
 
-def choose(
-    resolved: Resolved,
-    sites: Sites,
-    rules: Rules,
-    live_of: Callable[[Code], npt.NDArray[np.uint32]],
-) -> Choice:
+def choose(resolved: Resolved, sites: Sites, rules: Rules, known: Known) -> Choice:
     """Place what can be placed, refuse the rest with a reason each.
 
     Args:
         resolved: what was asked for.
         sites: the kernel's tables.
         rules: what the kernel allows.
-        live_of: finds what is live before each instruction of some functions.
+        known: what the whole kernel tells of some functions.
     """
     code = resolved.code
     rows, back = np.unique(resolved.rows, return_inverse=True)
+    # a function's ftrace site tells by itself what is dead there, and no jump leads behind it
+    alone = bool(contains(sites.ftrace, code.addr[rows]).all())
+    if not alone:
+        code = replace(code, landing=code.landing | known.landing(code))
     placement = place(code, rows, sites, rules)
-    # a function's ftrace site tells by itself what is dead there, and a trap needs nothing dead
-    alone = Tactic.JMP32 not in placement.tactic
-    live = live_before(code, sites) if alone else live_of(code)
+    reasons = placement.reason
+    beyond = np.flatnonzero(placement.tactic == Tactic.INT3)[MAX_TRAPS:]
+    too_many = set(beyond.tolist())
+    reasons[beyond] = Reason.TOO_SHORT
     refused = list(resolved.refused)
-    too_many = _traps_beyond(placement)
-    kept: list[int] = []
-    for i, row in enumerate(back.tolist()):
-        reason, detail = placement.reason[row], placement.detail[row]
+    free = np.array([reason is None for reason in reasons], bool)[back]
+    kept = np.flatnonzero(free)
+    for i in np.flatnonzero(~free).tolist():
+        row = int(back[i])
+        detail = explain(code, int(rows[row]), reasons[row])
         if row in too_many:
-            reason, detail = Reason.TOO_SHORT, f"only {MAX_TRAPS:,} points may trap at once"
-        if reason is None:
-            kept.append(i)
-        else:
-            refused.append(Refused(resolved.points[i].text, reason, detail))
-    used = np.unique(back[kept]) if kept else np.zeros(0, np.int64)
-    made = [
-        _site(code, int(rows[row]), placement.tactic[row], int(live[rows[row]]))
-        for row in used.tolist()
-    ]
-    order = np.lexsort(
-        ([site.addr for site in made], [site.tactic is Tactic.INT3 for site in made])
-    )
-    rank = np.empty(len(order), np.int64)
-    rank[order] = np.arange(len(order))
-    site = rank[np.searchsorted(used, back[kept])] if kept else np.zeros(0, np.int64)
+            detail = f"only {MAX_TRAPS:,} points may trap at once"
+        refused.append(Refused(resolved.points[i].text, reasons[row], detail))
+    used = np.unique(back[kept])
+    live = live_before(code, sites) if alone else known.live(code)
+    made = _Maker(code, live, rows[used], placement.tactic[used], placement.boards)
+    place_of = np.searchsorted(used, back[kept])
     return Choice(
-        tuple(resolved.points[i] for i in kept),
-        tuple(made[i] for i in order.tolist()),
-        site,
+        tuple(resolved.points[i] for i in kept.tolist()),
+        made.sites,
+        made.site[place_of],
+        made.row[place_of],
         tuple(refused),
     )
 
 
-def _traps_beyond(placement: Placement) -> set[int]:
-    """Rows that would trap beyond what the kernel bears: it looks kprobes up in 64 lists."""
-    traps = [i for i, tactic in enumerate(placement.tactic) if tactic is Tactic.INT3]
-    return set(traps[MAX_TRAPS:])
+class _Maker:
+    """Makes sites of rows that are placed.
 
+    Attributes:
+        sites: as in `Choice`.
+        site: int64[u], row in `sites` of each row given.
+        row: int64[u], row in the plan of each.
+    """
 
-def _site(code: Code, row: int, tactic: Tactic | None, live: int) -> Site:
-    assert tactic is not None
-    part = code.parts[int(code.part[row])]
-    at = int(code.addr[row]) - part.start
-    length = int(code.length[row])
-    text = part.code[at : at + max(length, SITE_BYTES)]
-    return Site(int(code.addr[row]), text, length, tactic, ALL_MASK & ~live)
+    def __init__(
+        self,
+        code: Code,
+        live: npt.NDArray[np.uint32],
+        rows: npt.NDArray[np.int64],
+        tactic: npt.NDArray[np.object_],
+        boards: Boards,
+    ) -> None:
+        self._code, self._live = code, live.tolist()
+        self._counted = set(rows[tactic != Tactic.INT3].tolist())
+        trapped = tactic == Tactic.INT3
+        alone = tactic == Tactic.NOP5
+        windows, shorts = boards.windows, boards.shorts
+        single = windows.end - windows.first == 1
+        of_single = Tactic.GROUP if (tactic != Tactic.JMP32).all() else Tactic.JMP32
+        made = [self._site(row, row + 1, Tactic.NOP5) for row in rows[alone].tolist()]
+        made += [
+            self._site(first, end, of_single if one else Tactic.GROUP)
+            for first, end, one in zip(
+                windows.first.tolist(), windows.end.tolist(), single.tolist(), strict=True
+            )
+        ]
+        made += [
+            self._site(first, end, Tactic.SPRINGBOARD, board)
+            for first, end, board in zip(
+                shorts.first.tolist(), shorts.end.tolist(), boards.addr.tolist(), strict=True
+            )
+        ]
+        made.sort(key=lambda site: site.addr)
+        traps = [self._site(row, row + 1, Tactic.INT3) for row in rows[trapped].tolist()]
+        traps.sort(key=lambda site: site.addr)
+        self.sites = (*made, *traps)
+        starts = np.array([site.addr for site in made], np.uint64)
+        addr = code.addr[rows]
+        order = np.lexsort((addr, trapped))
+        self.row = np.empty(len(rows), np.int64)
+        self.row[order] = np.arange(len(rows))
+        self.site = np.searchsorted(starts, addr, side="right") - 1
+        count = len(rows) - int(trapped.sum())
+        self.site[trapped] = len(made) + self.row[trapped] - count
+
+    def _site(self, first: int, end: int, tactic: Tactic, board: int | None = None) -> Site:
+        code = self._code
+        addr, last = int(code.addr[first]), end - 1
+        part = code.parts[int(code.part[first])]
+        insns = tuple(
+            Displaced(
+                int(code.addr[row]),
+                code.raw(row),
+                row in self._counted,
+                ALL_MASK & ~self._live[row],
+            )
+            for row in range(first, end)
+        )
+        size = int(code.addr[last]) + int(code.length[last]) - addr
+        if tactic is not Tactic.INT3:
+            size = max(size, SITE_BYTES if board is None else SHORT_BYTES)
+        text = part.code[addr - part.start : addr - part.start + size]
+        return Site(addr, text, insns, tactic, board)
 
 
 def clobbering(choice: Choice, clobber: Clobber) -> Choice:
     """The same choice with code before each counter that jumps, which overwrites registers."""
+
+    def changed(insn: Displaced) -> Displaced:
+        return replace(insn, clobber=clobber(insn.addr, insn.dead)) if insn.counted else insn
+
     sites = tuple(
-        site if site.tactic is Tactic.INT3 else replace(site, clobber=clobber(site.addr, site.dead))
+        site
+        if site.tactic is Tactic.INT3
+        else replace(site, insns=tuple(changed(insn) for insn in site.insns))
         for site in choice.sites
     )
     return replace(choice, sites=sites)
@@ -191,29 +259,32 @@ def commit(driver: Driver, choice: Choice, amend: Amend | None = None) -> Placed
     area = driver.area(max(layout.size, 1))
     trap_sets: list[int] = []
     try:
-        chunks = _alloc_counters(driver, area, len(choice.sites))
+        chunks = _alloc_counters(driver, area, layout.counted + len(traps))
         offsets = np.concatenate(
             [chunk.offset + np.arange(0, size, COUNTER_BYTES) for chunk, size in chunks]
         ).astype(np.uint64)
-        plan = add_traps(bind(layout, area.addr, offsets[: len(jumps)]), traps)
+        plan = bind(layout, area.addr, offsets[: layout.counted])
+        plan = add_traps(
+            plan, [site.addr for site in traps], b"".join(site.code[:1] for site in traps)
+        )
         if amend:
             plan = amend(plan)
         failed = _arm(driver, area, plan, chunks, trap_sets)
         txn = _write(driver, area, plan) if jumps else None
     except CommitError as error:
         _drop(driver, area, trap_sets)
-        raise _explain(error, choice) from error
+        raise _explain(error, choice, plan) from error
     except BaseException:
         _drop(driver, area, trap_sets)
         raise
-    placed = Placed(choice.points, choice.site, plan, area, tuple(chunks), txn, tuple(trap_sets))
+    placed = Placed(choice.points, choice.row, plan, area, tuple(chunks), txn, tuple(trap_sets))
     return _without(placed, failed)
 
 
 def _write(driver: Driver, area: Area, plan: Plan) -> int:
     driver.write(area, 0, plan.code)
     driver.seal(area)
-    return driver.commit(area, make_pokes(plan))
+    return driver.commit(area, make_pokes(plan.pokes))
 
 
 def _arm(
@@ -266,18 +337,16 @@ def _without(placed: Placed, failed: dict[int, int]) -> Placed:
     return replace(placed, points=points, site=placed.site[kept], refused=refused)
 
 
-def make_pokes(plan: Plan) -> npt.NDArray[np.void]:
-    """The plan's jumps as rows of the driver's interface."""
-    rests = plan.rest[: plan.jumps]
-    pokes = np.zeros(plan.jumps, uapi.POKE)
-    pokes["addr"] = plan.addr[: plan.jumps]
-    pokes["len"] = [SITE_BYTES + len(rest) for rest in rests]
-    for field, head, filler in (("old", plan.old, None), ("new_", plan.new, b"\xcc")):
-        pokes[field][:, :SITE_BYTES] = head[: plan.jumps]
-        room = uapi.POKE_BYTES - SITE_BYTES
-        tails = [(filler * len(rest) if filler else rest).ljust(room, b"\0") for rest in rests]
-        pokes[field][:, SITE_BYTES:] = np.frombuffer(b"".join(tails), np.uint8).reshape(-1, room)
-    return pokes
+def make_pokes(pokes: Pokes) -> npt.NDArray[np.void]:
+    """What is written as rows of the driver's interface."""
+    rows = np.zeros(len(pokes.addr), uapi.POKE)
+    rows["addr"] = pokes.addr
+    rows["len"] = [len(old) for old in pokes.old]
+    rows["flags"] = pokes.group * int(PokeFlag.GROUP) | pokes.host * int(PokeFlag.HOST)
+    for field, column in (("old", pokes.old), ("new_", pokes.new)):
+        data = b"".join(one.ljust(uapi.POKE_BYTES, b"\0") for one in column)
+        rows[field] = np.frombuffer(data, np.uint8).reshape(-1, uapi.POKE_BYTES)
+    return rows
 
 
 def _alloc_counters(driver: Driver, area: Area, count: int) -> list[tuple[Chunk, int]]:
@@ -299,13 +368,12 @@ def _drop(driver: Driver, area: Area, trap_sets: Sequence[int]) -> None:
         driver.free(area)
 
 
-def _explain(error: CommitError, choice: Choice) -> Exception:
+def _explain(error: CommitError, choice: Choice, plan: Plan) -> Exception:
     if error.errno != errno.ESTALE:
         return error
-    names = [
-        p.text for p, row in zip(choice.points, choice.site, strict=True) if row == error.index
-    ]
-    where = names[0] if names else f"{choice.sites[error.index].addr:#x}"
+    rows = plan.poke[choice.row]
+    names = [p.text for p, row in zip(choice.points, rows, strict=True) if row == error.index]
+    where = names[0] if names else f"{int(plan.pokes.addr[error.index]):#x}"
     return RefusedError(
         f"cannot place probe at {where}: its bytes changed while it was being placed",
         [(where, Reason.BUSY_PLAN, "text changed")],

@@ -96,7 +96,7 @@ class Attachment:
 
     @property
     def site(self) -> npt.NDArray[np.int64]:
-        """int64[m], row of `plan` that serves each placed point."""
+        """int64[m], row of `plan` that each placed point has."""
         return self._inside.site
 
     @property
@@ -148,7 +148,8 @@ class Attachment:
             return
         self.unrestored = self._driver.undo(txn).stuck_addrs
         states = self._driver.states(txn)
-        self._evicted[: self.plan.jumps] = states == State.EVICTED
+        jumps = self.plan.jumps
+        self._evicted[:jumps] = (states == State.EVICTED)[self.plan.poke[:jumps]]
 
     def _traps_are_gone(self) -> bool:
         """Read the first byte of every trap again and compare."""
@@ -157,7 +158,7 @@ class Attachment:
         if not len(addrs):
             return True
         now = self._driver.read_ranges(addrs, addrs + np.uint64(1))
-        return now == plan.old[plan.jumps :, 0].tobytes()
+        return now == plan.trapped
 
     def _read(self) -> npt.NDArray[np.uint64]:
         """uint64[n]: hits per site, summed over all possible CPUs."""

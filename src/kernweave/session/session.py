@@ -270,7 +270,7 @@ class Session:
             rules = rules_for(self._driver.facts.flags, self._tactics(tactics))
             resolved = Resolver(self._view).resolve(specs)
             if self._view.is_current():
-                return resolved, choose(resolved, self._view.sites, rules, self._analysis.live)
+                return resolved, choose(resolved, self._view.sites, rules, self._analysis)
         raise DriverError("kprobes come and go too fast to read this kernel's text", errno.EBUSY)
 
     def count(
@@ -345,10 +345,10 @@ class Session:
         part, row = site
         code = build_code([part], self._view.sites)
         area = self._driver.area(hook_size(code, row))
-        plan = bind_hook(code, row, self._driver.facts.yield_addr, area.addr)
-        self._driver.write(area, 0, plan.code)
+        body, pokes = bind_hook(code, row, self._driver.facts.yield_addr, area.addr)
+        self._driver.write(area, 0, body)
         self._driver.seal(area)
-        self._driver.commit(area, make_pokes(plan))
+        self._driver.commit(area, make_pokes(pokes))
         self._hooked = True
 
     # ---- commands ------------------------------------------------------------------------------

@@ -19,9 +19,9 @@ import numpy as np
 
 from kernweave.analysis.code import Code
 from kernweave.image.sites import Sites
-from kernweave.model.plan import Plan, Tactic
+from kernweave.model.plan import Pokes, Tactic
 from kernweave.splice.place import Rules, place
-from kernweave.x86.relocate import JUMP_BYTES, encode_jump, relocate_insn
+from kernweave.x86.relocate import JUMP_BYTES, encode_jump, relocate_insn, way_back
 
 #: rax, rcx, rdx, rsi, rdi, r8 .. r11, then the flags
 _SAVE = bytes.fromhex("50 51 52 56 57 4150 4151 4152 4153 9c")
@@ -43,28 +43,19 @@ def hook_size(code: Code, row: int) -> int:
     return len(_encode(code, row, int(code.addr[row]), int(code.addr[row])))
 
 
-def bind_hook(code: Code, row: int, target: int, base: int) -> Plan:
-    """The plan of a hook at an instruction of `code`, its trampoline at `base`."""
-    addr = int(code.addr[row])
-    body = _encode(code, row, target, base)
-    old, rest = code.raw(row)[:JUMP_BYTES], code.raw(row)[JUMP_BYTES:]
-    jump = encode_jump(addr, base)
-    return Plan(
-        base=base,
-        code=body,
-        addr=np.array([addr], np.uint64),
-        old=np.frombuffer(old, np.uint8).reshape(1, -1),
-        new=np.frombuffer(jump, np.uint8).reshape(1, -1),
-        rest=(rest,),
-        tactic=(Tactic.JMP32,),
-        spills=((),),
-        copy=np.zeros(1, np.uint64),
-        counter=np.zeros(1, np.int32),
-    )
+def bind_hook(code: Code, row: int, target: int, base: int) -> tuple[bytes, Pokes]:
+    """The trampoline of a hook at an instruction of `code`, for `base`, and what leads there."""
+    addr, raw = int(code.addr[row]), code.raw(row)
+    jump = encode_jump(addr, base).ljust(len(raw), b"\xcc")
+    none = np.zeros(1, bool)
+    pokes = Pokes(np.array([addr], np.uint64), (raw,), (jump,), none, none)
+    return _encode(code, row, target, base), pokes
 
 
 def _encode(code: Code, row: int, target: int, base: int) -> bytes:
+    addr, raw = int(code.addr[row]), code.raw(row)
     call_at = base + len(_SAVE)
     call = b"\xe8" + struct.pack("<i", target - (call_at + JUMP_BYTES))
     body = _SAVE + call + _RESTORE
-    return body + relocate_insn(code.raw(row), int(code.addr[row]), base + len(body))
+    body += relocate_insn(raw, addr, base + len(body))
+    return body + way_back(raw, addr, base + len(body))

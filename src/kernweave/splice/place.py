@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,13 +13,21 @@ from kernweave.analysis.code import Code
 from kernweave.errors import Reason
 from kernweave.image.sites import Sites, contains
 from kernweave.model.plan import Tactic
+from kernweave.splice.board import Boards, find_boards, no_boards
+from kernweave.splice.window import (
+    SITE_BYTES,
+    Mask,
+    Rows,
+    Windows,
+    cover,
+    cover_short,
+    find_runs,
+)
 from kernweave.x86.decode import Flow, Trait
+from kernweave.x86.relocate import can_relocate
 
-Mask = npt.NDArray[np.bool_]
-Rows = npt.NDArray[np.int64]
-
-SITE_BYTES = 5
 _FILL_BYTES = 16
+_LFENCE = bytes.fromhex("0faee8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,57 +47,115 @@ class Rules:
 
 @dataclass(frozen=True)
 class Placement:
-    """The verdict on each row asked for; one of the two is None.
+    """The verdict on each row asked for; tactic or reason is None.
 
     Attributes:
         rows: int64[m], rows of the code table.
-        tactic: m tactics.
-        reason: m reasons.
-        detail: m explanations of the reasons, "" where placed.
+        tactic: object[m], a `Tactic` each.
+        reason: object[m], a `Reason` each.
+        boards: the windows that displace them.
     """
 
     rows: Rows
-    tactic: tuple[Tactic | None, ...]
-    reason: tuple[Reason | None, ...]
-    detail: tuple[str, ...]
+    tactic: npt.NDArray[np.object_]
+    reason: npt.NDArray[np.object_]
+    boards: Boards
 
 
 def place(code: Code, rows: Rows, sites: Sites, rules: Rules) -> Placement:
-    """Choose a tactic for the instructions in `rows`, all at once."""
+    """Choose a tactic for the instructions in `rows`, all at once.
+
+    Args:
+        code: the functions.
+        rows: int64[m], ascending.
+        sites: the kernel's tables.
+        rules: what the kernel allows.
+    """
     reasons = np.full(len(rows), None, object)
     for reason, hit in _refusals(code, rows, sites, rules):
         reasons[hit & (reasons == None)] = reason  # noqa: E711  (elementwise)
     tactics = np.full(len(rows), None, object)
-    for tactic in rules.tactics:
-        fits = _FITS[tactic](code, rows, sites)
-        tactics[fits & (tactics == None)] = tactic  # noqa: E711
-    free = reasons == None  # noqa: E711
-    short = free & (tactics == None)  # noqa: E711
-    reasons[short] = Reason.TOO_SHORT
-    tactics[~free] = None
-    details = [
-        "" if reason is None else explain(code, int(row), reason)
-        for row, reason in zip(rows, reasons, strict=True)
-    ]
-    return Placement(rows, tuple(tactics), tuple(reasons), tuple(details))
+    boards = no_boards(Windows(rows[:0], rows[:0]))
+    wanted = rules.tactics
+    jumps = [one for one in _before(Tactic.INT3, wanted) if one in _JUMPS]
+    left = reasons == None  # noqa: E711
+    if Tactic.NOP5 in wanted:
+        tactics[left & _is_nop5(code, rows, sites)] = Tactic.NOP5
+        left &= tactics == None  # noqa: E711
+    if jumps and left.any():
+        boards = _displace(code, rows[left], sites, rules, jumps)
+        tactics[left] = _tactics_of(boards, rows[left], jumps)
+        left &= tactics == None  # noqa: E711
+    if Tactic.INT3 in wanted:
+        tactics[left & _may_trap(code, rows, sites)] = Tactic.INT3
+        left &= tactics == None  # noqa: E711
+    reasons[left] = Reason.TOO_SHORT
+    return Placement(rows, tactics, reasons, boards)
+
+
+_JUMPS = (Tactic.JMP32, Tactic.GROUP, Tactic.SPRINGBOARD)
+
+
+def _before(last: Tactic, tactics: tuple[Tactic, ...]) -> tuple[Tactic, ...]:
+    return tactics[: tactics.index(last)] if last in tactics else tactics
+
+
+def _displace(
+    code: Code, rows: Rows, sites: Sites, rules: Rules, jumps: Sequence[Tactic]
+) -> Boards:
+    """The windows and springboards for some rows."""
+    grouped = Tactic.GROUP in jumps
+    runs = find_runs(code, movable(code, sites, rules), grouped)
+    windows = cover(runs, rows)
+    if Tactic.SPRINGBOARD not in jumps:
+        return no_boards(windows)
+    return find_boards(code, runs, windows, cover_short(runs, rows), grouped)
+
+
+def _tactics_of(boards: Boards, rows: Rows, jumps: Sequence[Tactic]) -> npt.NDArray[np.object_]:
+    """object[m]: the tactic of each row, None where it is not displaced."""
+    found = np.full(len(rows), None, object)
+    window = boards.windows.of(rows)
+    single = np.append(boards.windows.end - boards.windows.first == 1, False)
+    found[window >= 0] = Tactic.GROUP
+    if Tactic.JMP32 in jumps:
+        found[(window >= 0) & single[window]] = Tactic.JMP32
+    found[boards.shorts.of(rows) >= 0] = Tactic.SPRINGBOARD
+    return found
+
+
+def movable(code: Code, sites: Sites, rules: Rules) -> Mask:
+    """bool[n]: instructions that can run somewhere else, whoever asks.
+
+    Only `call rel32` and calls through a register or memory can be displaced without the
+    trampoline's address on the stack; far calls cannot, and what means its own address.
+    """
+    rows = np.arange(len(code.addr))
+    fixed = np.isin(code.flow, (Flow.LEAVE, Flow.TRAP, Flow.INVALID))
+    fixed |= (code.trait & (Trait.NEAR | Trait.INT3)) != 0
+    fixed |= contains(sites.ftrace, code.addr) | _behind_lfence(code)
+    for row in np.flatnonzero(code.flow == Flow.INDIRECT_CALL).tolist():
+        fixed[row] |= not can_relocate(code.raw(row))
+    for reason, hit in _refusals(code, rows, sites, rules):
+        if reason is not Reason.STI_SHADOW:  # it moves with the instruction before
+            fixed |= hit
+    return np.asarray(~fixed)
+
+
+def _behind_lfence(code: Code) -> Mask:
+    """Indirect calls and jumps that a fence protects: what is pushed would come between."""
+    found = np.zeros(len(code.addr), bool)
+    indirect = np.isin(code.flow, (Flow.INDIRECT_CALL, Flow.INDIRECT_JUMP))
+    for row in np.flatnonzero(indirect[1:] & (code.length[:-1] == len(_LFENCE))).tolist():
+        found[row + 1] = code.raw(row) == _LFENCE
+    return found
 
 
 def _refusals(code: Code, rows: Rows, sites: Sites, rules: Rules) -> list[tuple[Reason, Mask]]:
     """(reason, bool[m]) in order of precedence."""
     addr, trait, flow = code.addr[rows], code.trait[rows], code.flow[rows]
     ends = addr + np.maximum(code.length[rows], 1)
-    touched = addr + np.maximum(code.length[rows], SITE_BYTES)
-    found = [
-        (ranges.reason, ranges.overlap(addr, ends))
-        for ranges in sites.ranges
-        if ranges.reason not in _IN_USE
-    ]
-    # what is in use now matters for every byte that would be written
-    found += [
-        (ranges.reason, ranges.overlap(addr, touched) & _could_be_written(code, rows))
-        for ranges in sites.ranges
-        if ranges.reason in _IN_USE
-    ]
+    found = [(ranges.reason, ranges.overlap(addr, ends)) for ranges in sites.ranges]
     found += [
         (Reason.BUSY_FTRACE, contains(sites.ftrace_busy, addr)),
         (Reason.JUMP_LABEL, contains(sites.jump_labels, addr)),
@@ -106,13 +172,6 @@ def _refusals(code: Code, rows: Rows, sites: Sites, rules: Rules) -> list[tuple[
     if rules.calls_counted:
         found.append((Reason.RETPOLINE_SITE, np.isin(flow, (Flow.CALL, Flow.INDIRECT_CALL))))
     return found
-
-
-_IN_USE = (Reason.BUSY_KPROBE, Reason.BUSY_PLAN)
-
-
-def _could_be_written(code: Code, rows: Rows) -> Mask:
-    return np.asarray(code.room[rows] >= SITE_BYTES)
 
 
 def _follows(code: Code, rows: Rows, trait: Trait) -> Mask:
@@ -136,39 +195,22 @@ def _part_has(code: Code, rows: Rows, trait: Trait) -> Mask:
     return np.asarray(marked[code.part[rows]])
 
 
-def _fits_nop5(code: Code, rows: Rows, sites: Sites) -> Mask:
+def _is_nop5(code: Code, rows: Rows, sites: Sites) -> Mask:
     """The ftrace nop of a function that ftrace does not use at the moment."""
     nop = (code.trait[rows] & Trait.NOP) != 0
     five = code.length[rows] == SITE_BYTES
     return np.asarray(nop & five & contains(sites.ftrace, code.addr[rows]))
 
 
-def _fits_jmp32(code: Code, rows: Rows, sites: Sites) -> Mask:
-    """One instruction of five bytes, or a shorter end of flow with int3 filler behind it.
+def _may_trap(code: Code, rows: Rows, sites: Sites) -> Mask:
+    """Any instruction but those that leave for good, and ftrace's own sites.
 
-    Only `call rel32` and calls of a thunk can be displaced without a trampoline address on
-    the stack; other far or memory calls cannot.
+    Nor what keeps interrupts off behind it: after a trap it does so no longer.
     """
-    del sites
-    flow, length = code.flow[rows], code.length[rows]
-    ends = np.isin(flow, (Flow.RETURN, Flow.JUMP))
-    long_enough = (length >= SITE_BYTES) | (ends & (code.room[rows] >= SITE_BYTES))
-    movable = ~np.isin(flow, (Flow.INDIRECT_CALL, Flow.LEAVE, Flow.TRAP, Flow.INVALID))
-    return np.asarray(long_enough & movable)
-
-
-def _fits_int3(code: Code, rows: Rows, sites: Sites) -> Mask:
-    """Any instruction but those that leave for good, and ftrace's own sites."""
-    flow = code.flow[rows]
-    leaves = np.isin(flow, (Flow.LEAVE, Flow.INVALID)) | ((code.trait[rows] & Trait.INT3) != 0)
+    leaves = np.isin(code.flow[rows], (Flow.LEAVE, Flow.INVALID))
+    leaves |= (code.trait[rows] & (Trait.INT3 | Trait.SHADOW)) != 0
     return np.asarray(~leaves & ~contains(sites.ftrace, code.addr[rows]))
 
-
-_FITS: dict[Tactic, Callable[[Code, Rows, Sites], Mask]] = {
-    Tactic.NOP5: _fits_nop5,
-    Tactic.JMP32: _fits_jmp32,
-    Tactic.INT3: _fits_int3,
-}
 
 _DETAILS = {
     Reason.DENYLIST: "the kernel allows no probe here",

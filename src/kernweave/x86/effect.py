@@ -47,6 +47,8 @@ class Trait(IntFlag):
     RIP = 64  # rip-relative memory operand
     POPF = 128
     UD2 = 256
+    WAIT = 512  # hlt, mwait: a parked CPU wakes up behind it
+    NEAR = 1024  # loop, jrcxz, xbegin: reaches 128 bytes, or means its own address
 
 
 _FLOW = {
@@ -80,6 +82,14 @@ _MAY_KEEP_FLAGS = {
 }  # fmt: skip
 _MAY_KEEP_DEST = {iced.Mnemonic.BSF, iced.Mnemonic.BSR}
 _NOPS = {iced.Mnemonic.NOP, iced.Mnemonic.FNOP}
+_WAITS = {
+    iced.Mnemonic.HLT, iced.Mnemonic.MWAIT, iced.Mnemonic.MWAITX, iced.Mnemonic.UMWAIT,
+    iced.Mnemonic.TPAUSE,
+}  # fmt: skip
+_NEAR = {
+    iced.Mnemonic.LOOP, iced.Mnemonic.LOOPE, iced.Mnemonic.LOOPNE, iced.Mnemonic.JRCXZ,
+    iced.Mnemonic.JECXZ, iced.Mnemonic.XBEGIN,
+}  # fmt: skip
 
 _READS = {
     iced.OpAccess.READ,
@@ -156,6 +166,10 @@ def _traits(ins: iced.Instruction, code: bytes) -> int:
         trait |= Trait.POPF
     if mnemonic == iced.Mnemonic.UD2:
         trait |= Trait.UD2
+    if mnemonic in _WAITS:
+        trait |= Trait.WAIT
+    if mnemonic in _NEAR:
+        trait |= Trait.NEAR
     return trait
 
 

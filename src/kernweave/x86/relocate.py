@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""One displaced instruction at a new address: the same effect, the same successors."""
+"""One displaced instruction at a new address: the same effect, and the way back behind it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import iced_x86 as iced
 from kernweave.errors import InternalError
 
 JUMP_BYTES = 5
-_CALL_FLOW = (iced.FlowControl.CALL, iced.FlowControl.INDIRECT_CALL)
 _NEVER_RETURNS_HERE = (
+    iced.FlowControl.CALL,  # it is a jump now
+    iced.FlowControl.INDIRECT_CALL,
     iced.FlowControl.UNCONDITIONAL_BRANCH,
     iced.FlowControl.RETURN,
     iced.FlowControl.INDIRECT_BRANCH,
@@ -45,10 +46,10 @@ def _encode(ins: iced.Instruction, addr: int) -> bytes:
 
 
 def relocate_insn(code: bytes, addr: int, new_addr: int) -> bytes:
-    """The instruction `code` of `addr`, for `new_addr`, with the way back to its successor.
+    """The instruction `code` of `addr`, for `new_addr`.
 
-    A direct call becomes `push $return; jmp target`, so that the address on the stack is the
-    native one and no return ever leads into a trampoline.
+    A call becomes `push $return; jmp target`, so that the address on the stack is the native
+    one and no return ever leads into a trampoline.
 
     Args:
         code: exactly one instruction.
@@ -58,20 +59,45 @@ def relocate_insn(code: bytes, addr: int, new_addr: int) -> bytes:
     ins = iced.Decoder(64, code, ip=addr).decode()
     if ins.is_invalid or ins.len != len(code):
         raise InternalError(f"{code.hex()} is not one instruction")
-    after = addr + len(code)
-    flow = ins.flow_control
-    if flow in _CALL_FLOW:
+    if ins.flow_control == iced.FlowControl.CALL:
         if not ins.is_call_near:
             raise InternalError(f"cannot displace {ins}")
-        push = _push_return(after)
+        push = _push_return(addr + len(code))
         return push + encode_jump(new_addr + len(push), ins.near_branch_target)
+    if ins.flow_control == iced.FlowControl.INDIRECT_CALL:
+        if not can_relocate(code):
+            raise InternalError(f"cannot displace {ins}")
+        push = _push_return(addr + len(code))
+        return push + _as_jump(ins, new_addr + len(push))
     if ins.is_jcc_short_or_near or ins.is_jmp_short_or_near:
         ins.as_near_branch()
-        copy = _encode(ins, new_addr)
-    elif ins.is_ip_rel_memory_operand:
-        copy = _encode(ins, new_addr)
-    else:
-        copy = code
-    if flow in _NEVER_RETURNS_HERE:
-        return copy + b"\xcc"  # nothing runs past it, not even speculatively
-    return copy + encode_jump(new_addr + len(copy), after)
+        return _encode(ins, new_addr)
+    if ins.is_ip_rel_memory_operand:
+        return _encode(ins, new_addr)
+    return code
+
+
+def can_relocate(call: bytes) -> bool:
+    """Whether an indirect call can become a jump: near, and not by way of the stack pointer."""
+    ins = iced.Decoder(64, call).decode()
+    by_stack = iced.Register.RSP in (ins.memory_base, ins.op0_register)
+    return ins.is_call_near_indirect and not by_stack
+
+
+def _as_jump(call: iced.Instruction, addr: int) -> bytes:
+    """The jump to where an indirect call goes, behind the push of its return address."""
+    jump = call.copy()
+    jump.code = iced.Code.JMP_RM64
+    return _encode(jump, addr)
+
+
+def way_back(code: bytes, addr: int, new_addr: int) -> bytes:
+    """What follows the copy of `code`, the last instruction displaced, at `new_addr`.
+
+    A jump to its native successor; where there is none, int3: nothing runs past it, not even
+    speculatively.
+    """
+    ins = iced.Decoder(64, code, ip=addr).decode()
+    if ins.flow_control in _NEVER_RETURNS_HERE:
+        return b"\xcc"
+    return encode_jump(new_addr, addr + len(code))

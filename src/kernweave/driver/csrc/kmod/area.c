@@ -63,6 +63,19 @@ void kw_quiesce(void)
 	mutex_unlock(&kw_lock);
 }
 
+/* For what becomes unreachable now: quiesced once kw_stamp_passed() says so. */
+u64 kw_stamp_now(void)
+{
+	lockdep_assert_held(&kw_lock);
+	return kw_stamp;
+}
+
+bool kw_stamp_passed(u64 stamp)
+{
+	lockdep_assert_held(&kw_lock);
+	return stamp && stamp <= kw_quiesced;
+}
+
 static void kw_code_free(struct kw_code *code)
 {
 	u32 i;

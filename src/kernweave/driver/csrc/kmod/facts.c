@@ -31,7 +31,7 @@ static u64 kw_count_pinned(void)
 
 	list_for_each_entry(t, &kw_pinned, link)
 		for (i = 0; i < t->count; i++)
-			n += t->states[i] == KW_STUCK;
+			n += t->states[i] == KW_STUCK || t->states[i] == KW_HELD;
 	return n;
 }
 

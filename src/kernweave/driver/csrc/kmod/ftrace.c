@@ -21,24 +21,6 @@ static bool kw_any_sites(void)
 	return !list_empty(&kw_txns);
 }
 
-/* Find the poke at addr in one transaction: pokes ascend. */
-static struct kw_poke *kw_site_at(struct kw_txn *t, u64 addr)
-{
-	u32 lo = 0, hi = t->count;
-
-	while (lo < hi) {
-		u32 mid = lo + (hi - lo) / 2;
-
-		if (t->pokes[mid].addr == addr)
-			return &t->pokes[mid];
-		if (t->pokes[mid].addr < addr)
-			lo = mid + 1;
-		else
-			hi = mid;
-	}
-	return NULL;
-}
-
 static void kw_evict(u64 addr)
 {
 	struct kw_txn *t;
@@ -46,7 +28,7 @@ static void kw_evict(u64 addr)
 	u32 i;
 
 	list_for_each_entry(t, &kw_txns, global) {
-		p = kw_site_at(t, addr);
+		p = kw_poke_at(t, addr);
 		i = p ? p - t->pokes : 0;
 		if (!p || t->states[i] != KW_PLACED)
 			continue;

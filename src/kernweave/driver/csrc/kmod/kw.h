@@ -11,6 +11,12 @@
 
 #include "kw_uapi.h"
 
+#define KW_INT3 0xcc
+#define KW_JMP_OPCODE 0xe9
+#define KW_JMP_LEN 5
+#define KW_SHORT_OPCODE 0xeb
+#define KW_SHORT_LEN 2
+
 struct dyn_ftrace;
 struct ftrace_rec_iter;
 struct kprobe;
@@ -59,6 +65,7 @@ struct kw_txn {
 	struct kw_code *code;
 	u32 count;
 	bool pinned;
+	u64 stamp;  /* kw_stamp when the last short jump was restored, 0: none was placed */
 	u8 *states; /* enum kw_state per poke, under text_mutex */
 	struct kw_poke *pokes; /* ascending, disjoint */
 	u32 nr_mods;
@@ -141,20 +148,32 @@ void kw_area_unreachable(struct kw_code *code);
 void kw_area_retire(struct kw_code *code);
 void kw_areas_exit(void);
 void kw_quiesce(void);
+u64 kw_stamp_now(void);
+bool kw_stamp_passed(u64 stamp);
 
 int kw_text_commit(struct kw_session *s, const struct kw_commit *req, const struct kw_poke *pokes,
 		   size_t len, struct kw_out *out);
 int kw_text_states(struct kw_session *s, const struct kw_size *req, struct kw_out *out);
 int kw_text_matches(const struct kw_poke *p, const u8 *bytes);
-void kw_text_restore(struct kw_txn *t, u32 from, u32 to);
+bool kw_text_has_kprobe(const struct kw_poke *p);
+bool kw_is_short(const struct kw_poke *p);
+void kw_text_restore(struct kw_txn *t, u32 from, u32 to, bool shorts);
 void kw_text_give_back(struct kw_txn *t, u32 i);
 void kw_text_flush(void);
 void kw_text_lock(void);
 void kw_text_unlock(void);
 
+int kw_check_jumps(struct kw_txn *t, u32 *bad);
+struct kw_poke *kw_poke_at(struct kw_txn *t, u64 addr);
+
+int kw_group_init(void);
+void kw_group_exit(void);
+int kw_group_arm(struct kw_txn *t, u32 *bad);
+void kw_group_done(struct kw_txn *t);
+
 int kw_undo(struct kw_session *s, const struct kw_size *req, struct kw_out *out);
 int kw_forget(struct kw_session *s, const struct kw_size *req);
-void kw_undo_all(struct kw_txn *t, struct kw_undone *sum);
+void kw_undo_all(struct kw_txn *t, struct kw_undone *sum, bool wait);
 void kw_txn_free(struct kw_txn *t);
 struct kw_txn *kw_txn_find(struct kw_session *s, u64 id);
 void kw_undo_session(struct kw_session *s);

@@ -14,7 +14,7 @@
 #include <linux/types.h>
 
 #ifndef KW_UAPI_VERSION
-#define KW_UAPI_VERSION 1
+#define KW_UAPI_VERSION 2
 #endif
 
 #define KW_MAGIC 0x5245574bu /* "KWER" */
@@ -26,7 +26,7 @@
 #define KW_MAX_CODE (256u << 20)    /* bytes of executable memory in one area */
 #define KW_MAX_PERCPU (32u << 10)   /* bytes of one per-CPU chunk */
 #define KW_BATCH 256u               /* pokes applied while text_mutex is held */
-#define KW_POKE_BYTES 16u           /* room for old and new bytes of a poke */
+#define KW_POKE_BYTES 24u           /* room for old and new bytes of a poke */
 
 struct kw_call {
 	__u64 req;     /* user pointer to the request */
@@ -164,11 +164,18 @@ struct kw_commit {
 	__u64 count;
 };
 
-/* new_ is a 5-byte jump, and int3 for the rest of the instruction it replaces. */
+#define KW_POKE_GROUP 1u /* replaces several instructions: somebody may be between them */
+#define KW_POKE_HOST 2u  /* has springboards behind its jump, or is one itself */
+
+/*
+ * new_ is a 5-byte jump into the area, and for the rest of what it replaces int3
+ * or springboards: more such jumps.  Or it is a 2-byte jump to a springboard of
+ * the same transaction, and int3.
+ */
 struct kw_poke {
 	__u64 addr;
 	__u32 len;
-	__u32 pad;
+	__u32 flags;
 	__u8 old[KW_POKE_BYTES];
 	__u8 new_[KW_POKE_BYTES];
 };
@@ -185,6 +192,8 @@ enum kw_state {
 	KW_EVICTED = 2,  /* given back because ftrace wanted the site */
 	KW_RESTORED = 3, /* old bytes written, read again and compared */
 	KW_STUCK = 4,    /* somebody else's bytes are there: pinned until they leave */
+	KW_ARMED = 5,    /* int3 is on the first byte: waiting until nobody is behind it */
+	KW_HELD = 6,     /* its springboards may still be in use: pinned for a grace period */
 };
 
 struct kw_undone {

@@ -275,7 +275,14 @@ static int __init kw_init(void)
 {
 	int ret = kw_resolve();
 
-	return ret ? ret : misc_register(&kw_device);
+	if (!ret)
+		ret = kw_group_init();
+	if (ret)
+		return ret;
+	ret = misc_register(&kw_device);
+	if (ret)
+		kw_group_exit();
+	return ret;
 }
 
 /* No session is open here: an open descriptor holds the kmod. */
@@ -285,6 +292,7 @@ static void __exit kw_exit(void)
 	kw_traps_exit();
 	kw_undo_exit();
 	kw_areas_exit();
+	kw_group_exit();
 }
 
 module_init(kw_init);

@@ -153,7 +153,7 @@ int kw_ftrace_records(struct kw_out *out)
 
 static bool kw_is_ours(u8 state)
 {
-	return state == KW_PLACED || state == KW_STUCK;
+	return state != KW_WAITING && state != KW_EVICTED && state != KW_RESTORED;
 }
 
 int kw_placed(struct kw_out *out)

@@ -5,9 +5,11 @@
  * Recipe of a commit:
  *   1. check every poke before the first one is written;
  *   2. link the transaction, so that ftrace's hook sees its sites;
- *   3. per batch, under kprobe_mutex and text_mutex: look for kprobes, compare
- *      old bytes, poke through the kernel's int3 protocol, read back;
- *   4. on a mismatch, undo the earlier batches and name the poke.
+ *   3. empty the groups (group.c);
+ *   4. per batch, under kprobe_mutex and text_mutex: look for kprobes, compare
+ *      old bytes, poke through the kernel's int3 protocol, read back; short
+ *      jumps last, when their springboards are there;
+ *   5. on a mismatch, undo the earlier batches and name the poke.
  */
 #include <linux/kprobes.h>
 #include <linux/memory.h>
@@ -15,10 +17,6 @@
 #include <linux/uaccess.h>
 
 #include "kw.h"
-
-#define KW_JMP_LEN 5
-#define KW_JMP_OPCODE 0xe9
-#define KW_INT3_OPCODE 0xcc
 
 static u64 kw_next_txn = 1;
 
@@ -31,11 +29,22 @@ int kw_text_matches(const struct kw_poke *p, const u8 *bytes)
 	return !memcmp(now, bytes, p->len);
 }
 
+bool kw_is_short(const struct kw_poke *p)
+{
+	return p->new_[0] == KW_SHORT_OPCODE;
+}
+
+/* Bytes of the jump at the beginning, which the int3 protocol writes. */
+static u32 kw_head(const struct kw_poke *p)
+{
+	return kw_is_short(p) ? KW_SHORT_LEN : KW_JMP_LEN;
+}
+
 #ifdef KW_SEED_NO_SYNC
 /* A fault for the audit to find: whole jumps written at once, CPUs not synchronised. */
-static void kw_queue(u64 addr, const u8 *bytes, const u8 *jump)
+static void kw_queue(const struct kw_poke *p, const u8 *bytes)
 {
-	kw_syms.poke((void *)addr, bytes, KW_JMP_LEN);
+	kw_syms.poke((void *)p->addr, bytes, kw_head(p));
 }
 
 static void kw_finish(void)
@@ -46,9 +55,9 @@ static void kw_finish(void)
  * The int3 handler needs to know what a CPU that hits the int3 is to do; the
  * jump is right before as well as after, so it is given in both directions.
  */
-static void kw_queue(u64 addr, const u8 *bytes, const u8 *jump)
+static void kw_queue(const struct kw_poke *p, const u8 *bytes)
 {
-	kw_syms.poke_queue((void *)addr, bytes, KW_JMP_LEN, jump);
+	kw_syms.poke_queue((void *)p->addr, bytes, kw_head(p), p->new_);
 }
 
 static void kw_finish(void)
@@ -58,16 +67,17 @@ static void kw_finish(void)
 #endif
 
 /*
- * What is left of a longer instruction behind the jump is dead: it is written
- * only while the jump is in force, so no CPU can be about to execute it.  It
- * becomes int3, so that whoever decodes the function finds its boundaries.
+ * What is replaced behind the jump is dead: it is written only while the jump is
+ * in force, so no CPU can be about to execute it.  It becomes int3, so that
+ * whoever decodes the function finds its boundaries.
  */
 static void kw_write_rest(const struct kw_poke *p, const u8 *bytes)
 {
+	u32 head = kw_head(p);
+
 	lockdep_assert_held(kw_syms.text_mutex);
-	if (p->len > KW_JMP_LEN)
-		kw_syms.poke((void *)(p->addr + KW_JMP_LEN), bytes + KW_JMP_LEN,
-			     p->len - KW_JMP_LEN);
+	if (p->len > head)
+		kw_syms.poke((void *)(p->addr + head), bytes + head, p->len - head);
 }
 
 /* In the order of the kernel's own register_kprobe(). */
@@ -89,7 +99,7 @@ void kw_text_unlock(void)
  * text does not tell: the kprobe may be disabled now and enabled later.  Those
  * that go through ftrace do neither, those that are gone never come back.
  */
-static bool kw_has_kprobe(const struct kw_poke *p)
+bool kw_text_has_kprobe(const struct kw_poke *p)
 {
 	struct kprobe *kp;
 	u32 i;
@@ -101,22 +111,6 @@ static bool kw_has_kprobe(const struct kw_poke *p)
 			return true;
 	}
 	return false;
-}
-
-static bool kw_is_jump_into(const struct kw_poke *p, const struct kw_code *code)
-{
-	u64 target, start = (unsigned long)code->mem;
-	s32 rel;
-	u32 i;
-
-	if (p->len < KW_JMP_LEN || p->len >= KW_POKE_BYTES || p->new_[0] != KW_JMP_OPCODE)
-		return false;
-	for (i = KW_JMP_LEN; i < p->len; i++)
-		if (p->new_[i] != KW_INT3_OPCODE)
-			return false;
-	memcpy(&rel, p->new_ + 1, sizeof(rel));
-	target = p->addr + KW_JMP_LEN + rel;
-	return target >= start && target < start + code->size;
 }
 
 static bool kw_is_core_text(const struct kw_poke *p)
@@ -156,73 +150,117 @@ static int kw_hold_kmod(struct kw_txn *t, const struct kw_poke *p)
 
 static int kw_check_pokes(struct kw_txn *t, u32 *bad)
 {
-	u64 end = 0;
 	u32 i;
 	int ret;
 
-	for (i = 0; i < t->count; i++) {
-		const struct kw_poke *p = &t->pokes[i];
-
+	ret = kw_check_jumps(t, bad);
+	for (i = 0; i < t->count && !ret; i++) {
 		*bad = i;
-		if (p->addr < end || !kw_is_jump_into(p, t->code))
-			return -EINVAL;
-		if (!kw_is_core_text(p)) {
-			ret = kw_hold_kmod(t, p);
-			if (ret)
-				return ret;
-		}
-		end = p->addr + p->len;
+		if (!kw_is_core_text(&t->pokes[i]))
+			ret = kw_hold_kmod(t, &t->pokes[i]);
 	}
-	return 0;
+	return ret;
 }
 
-static int kw_poke_batch(struct kw_txn *t, u32 from, u32 to, u32 *bad)
+/* The bytes of an armed group are its own, but for the int3. */
+static bool kw_is_as_before(struct kw_txn *t, u32 i)
+{
+	struct kw_poke expected = t->pokes[i];
+
+	if (kw_text_has_kprobe(&t->pokes[i]))
+		return false;
+	if (t->states[i] == KW_ARMED)
+		expected.old[0] = KW_INT3;
+	return kw_text_matches(&t->pokes[i], expected.old);
+}
+
+static bool kw_in_pass(const struct kw_txn *t, u32 i, bool shorts)
+{
+	return kw_is_short(&t->pokes[i]) == shorts;
+}
+
+static int kw_poke_batch(struct kw_txn *t, u32 from, u32 to, bool shorts, u32 *bad)
 {
 	u32 i;
 
 	lockdep_assert_held(kw_syms.text_mutex);
 	for (i = from; i < to; i++) {
 		*bad = i;
-		if (kw_has_kprobe(&t->pokes[i]))
-			return -ESTALE;
-		if (!kw_text_matches(&t->pokes[i], t->pokes[i].old))
+		if (kw_in_pass(t, i, shorts) && !kw_is_as_before(t, i))
 			return -ESTALE;
 	}
 	for (i = from; i < to; i++) {
-		kw_queue(t->pokes[i].addr, t->pokes[i].new_, t->pokes[i].new_);
+		if (!kw_in_pass(t, i, shorts))
+			continue;
+		kw_queue(&t->pokes[i], t->pokes[i].new_);
 		t->states[i] = KW_PLACED;
 	}
 	kw_finish();
 	for (i = from; i < to; i++)
-		kw_write_rest(&t->pokes[i], t->pokes[i].new_);
+		if (kw_in_pass(t, i, shorts))
+			kw_write_rest(&t->pokes[i], t->pokes[i].new_);
 	for (i = from; i < to; i++) {
 		*bad = i;
+		if (!kw_in_pass(t, i, shorts))
+			continue;
 		if (WARN_ON_ONCE(!kw_text_matches(&t->pokes[i], t->pokes[i].new_)))
 			return -EIO;
 	}
 	return 0;
 }
 
+/* Take the int3 off a group that never got its jump. */
+static void kw_disarm(struct kw_txn *t, u32 i)
+{
+	const struct kw_poke *p = &t->pokes[i];
+
+	if (kw_text_has_kprobe(p) || *(u8 *)p->addr != KW_INT3) {
+		t->states[i] = kw_text_matches(p, p->old) ? KW_RESTORED : KW_STUCK;
+		return;
+	}
+	kw_syms.poke((void *)p->addr, p->old, 1);
+	t->states[i] = KW_RESTORED;
+}
+
+static void kw_restore_one(struct kw_txn *t, u32 i)
+{
+	const struct kw_poke *p = &t->pokes[i];
+
+	if (kw_text_has_kprobe(p)) {
+		t->states[i] = KW_STUCK;
+	} else if (kw_text_matches(p, p->new_)) {
+		kw_write_rest(p, p->old);
+		kw_queue(p, p->old);
+		t->states[i] = KW_RESTORED;
+	} else {
+		t->states[i] = kw_text_matches(p, p->old) ? KW_RESTORED : KW_STUCK;
+	}
+}
+
+static bool kw_may_restore(struct kw_txn *t, u32 i)
+{
+	if (!(t->pokes[i].flags & KW_POKE_HOST) || kw_stamp_passed(t->stamp))
+		return true;
+	t->states[i] = KW_HELD;
+	return false;
+}
+
 /* Write the old bytes of what is placed in [from, to), read again and compare. */
-void kw_text_restore(struct kw_txn *t, u32 from, u32 to)
+void kw_text_restore(struct kw_txn *t, u32 from, u32 to, bool shorts)
 {
 	u32 i;
 
 	lockdep_assert_held(kw_syms.text_mutex);
 	for (i = from; i < to; i++) {
-		const struct kw_poke *p = &t->pokes[i];
-
-		if (t->states[i] != KW_PLACED && t->states[i] != KW_STUCK)
+		if (!kw_in_pass(t, i, shorts))
 			continue;
-		if (kw_has_kprobe(p)) {
-			t->states[i] = KW_STUCK;
-		} else if (kw_text_matches(p, p->new_)) {
-			kw_write_rest(p, p->old);
-			kw_queue(p->addr, p->old, p->new_);
-			t->states[i] = KW_RESTORED;
-		} else {
-			t->states[i] = kw_text_matches(p, p->old) ? KW_RESTORED : KW_STUCK;
-		}
+		if (t->states[i] == KW_ARMED)
+			kw_disarm(t, i);
+		else if (t->states[i] != KW_PLACED && t->states[i] != KW_STUCK &&
+			 t->states[i] != KW_HELD)
+			continue;
+		else if (kw_may_restore(t, i))
+			kw_restore_one(t, i);
 	}
 	kw_finish();
 	for (i = from; i < to; i++)
@@ -239,7 +277,7 @@ void kw_text_give_back(struct kw_txn *t, u32 i)
 	if (!kw_text_matches(p, p->new_))
 		return;
 	kw_write_rest(p, p->old);
-	kw_queue(p->addr, p->old, p->new_);
+	kw_queue(p, p->old);
 	t->states[i] = KW_EVICTED;
 }
 
@@ -249,7 +287,7 @@ void kw_text_flush(void)
 	kw_finish();
 }
 
-static int kw_poke_all(struct kw_txn *t, u32 *bad)
+static int kw_poke_pass(struct kw_txn *t, bool shorts, u32 *bad)
 {
 	u32 from, to;
 	int ret = 0;
@@ -257,10 +295,22 @@ static int kw_poke_all(struct kw_txn *t, u32 *bad)
 	for (from = 0; from < t->count && !ret; from = to) {
 		to = min(from + KW_BATCH, t->count);
 		kw_text_lock();
-		ret = kw_poke_batch(t, from, to, bad);
+		ret = kw_poke_batch(t, from, to, shorts, bad);
 		kw_text_unlock();
 		cond_resched();
 	}
+	return ret;
+}
+
+/* May drop kw_lock for a grace period; the session's own lock keeps the rest away. */
+static int kw_poke_all(struct kw_txn *t, u32 *bad)
+{
+	int ret = kw_group_arm(t, bad);
+
+	if (!ret)
+		ret = kw_poke_pass(t, false, bad);
+	if (!ret)
+		ret = kw_poke_pass(t, true, bad);
 	return ret;
 }
 
@@ -320,11 +370,11 @@ int kw_text_commit(struct kw_session *s, const struct kw_commit *req, const stru
 	kw_txn_link(t, s);
 	ret = kw_poke_all(t, &out->detail);
 	rep->value = t->id;
-	if (ret) {
-		kw_undo_all(t, &sum);
-		if (!sum.stuck)
-			kw_txn_free(t);
-	}
+	if (ret)
+		kw_undo_all(t, &sum, true);
+	kw_group_done(t);
+	if (ret && !sum.stuck)
+		kw_txn_free(t);
 	return ret;
 }
 

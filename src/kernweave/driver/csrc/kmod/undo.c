@@ -6,6 +6,9 @@
  * A site whose bytes are not ours any more, or that a kprobe was registered on
  * (armed or not), cannot be restored without breaking the other side.  Its
  * transaction, its area and this kmod stay until a worker finds it ours again.
+ *
+ * Short jumps are restored first, their springboards a grace period later: a task
+ * may have been preempted between the two.
  */
 #include <linux/slab.h>
 #include <linux/workqueue.h>
@@ -52,22 +55,62 @@ static void kw_sum_states(struct kw_txn *t, struct kw_undone *sum)
 	for (i = 0; i < t->count; i++) {
 		sum->restored += t->states[i] == KW_RESTORED;
 		sum->evicted += t->states[i] == KW_EVICTED;
-		sum->stuck += t->states[i] == KW_STUCK;
+		sum->stuck += t->states[i] == KW_STUCK || t->states[i] == KW_HELD;
 	}
 }
 
-/* Idempotent; called with kw_lock held.  The area is released with the last site. */
-void kw_undo_all(struct kw_txn *t, struct kw_undone *sum)
+static void kw_restore_pass(struct kw_txn *t, bool shorts)
 {
 	u32 from, to;
 
 	for (from = 0; from < t->count; from = to) {
 		to = min(from + KW_BATCH, t->count);
 		kw_text_lock();
-		kw_text_restore(t, from, to);
+		kw_text_restore(t, from, to, shorts);
 		kw_text_unlock();
 		cond_resched();
 	}
+}
+
+/* Whether all short jumps are gone; if so springboards may go a grace period later. */
+static bool kw_has_short(const struct kw_txn *t)
+{
+	u32 i;
+
+	for (i = 0; i < t->count; i++)
+		if (kw_is_short(&t->pokes[i]) &&
+		    (t->states[i] == KW_PLACED || t->states[i] == KW_STUCK))
+			return true;
+	return false;
+}
+
+static bool kw_is_host(const struct kw_txn *t)
+{
+	u32 i;
+
+	for (i = 0; i < t->count; i++)
+		if (t->pokes[i].flags & KW_POKE_HOST)
+			return true;
+	return false;
+}
+
+/*
+ * Idempotent; called with kw_lock held, which is dropped for a grace period if
+ * there are springboards and wait is set; else they stay, held.  The area is
+ * released with the last site.
+ */
+void kw_undo_all(struct kw_txn *t, struct kw_undone *sum, bool wait)
+{
+	if (!t->stamp && kw_is_host(t)) {
+		kw_restore_pass(t, true);
+		t->stamp = kw_has_short(t) ? 0 : kw_stamp_now();
+		if (t->stamp && wait) {
+			mutex_unlock(&kw_lock);
+			kw_quiesce();
+			mutex_lock(&kw_lock);
+		}
+	}
+	kw_restore_pass(t, false);
 	kw_sum_states(t, sum);
 	if (!sum->stuck && t->code) {
 		kw_area_unreachable(t->code);
@@ -85,14 +128,14 @@ int kw_undo(struct kw_session *s, const struct kw_size *req, struct kw_out *out)
 
 	if (!t)
 		return -ENOENT;
-	kw_undo_all(t, &sum);
+	kw_undo_all(t, &sum, true);
 	rep = kw_reserve(out, sizeof(*rep) + sum.stuck * sizeof(*addr));
 	if (!rep)
 		return -ENOSPC;
 	*rep = sum;
 	addr = (u64 *)(rep + 1);
 	for (i = 0; i < t->count; i++)
-		if (t->states[i] == KW_STUCK)
+		if (t->states[i] == KW_STUCK || t->states[i] == KW_HELD)
 			*addr++ = t->pokes[i].addr;
 	return 0;
 }
@@ -131,19 +174,20 @@ static void kw_pin(struct kw_txn *t)
 	__module_get(THIS_MODULE);
 	t->pinned = true;
 	list_move(&t->link, &kw_pinned);
-	schedule_delayed_work(&kw_retrier, KW_RETRY_JIFFIES);
+	mod_delayed_work(system_wq, &kw_retrier, t->stamp ? 0 : KW_RETRY_JIFFIES);
 }
 
 static void kw_retry(struct work_struct *work)
 {
 	struct kw_txn *t, *next;
 
+	kw_quiesce(); /* for springboards that are held */
 	mutex_lock(&kw_lock);
 	list_for_each_entry_safe(t, next, &kw_pinned, link) {
 		struct kw_undone sum = {};
 		struct kw_code *code = t->code;
 
-		kw_undo_all(t, &sum);
+		kw_undo_all(t, &sum, false);
 		if (sum.stuck)
 			continue;
 		kw_txn_free(t);
@@ -165,7 +209,7 @@ void kw_undo_session(struct kw_session *s)
 		struct kw_undone sum = {};
 
 		if (t->code)
-			kw_undo_all(t, &sum);
+			kw_undo_all(t, &sum, false);
 		if (sum.stuck)
 			kw_pin(t);
 		else

@@ -1,0 +1,264 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+#define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
+/*
+ * Groups: several instructions replaced by one jump, once nobody is between them.
+ *
+ * int3 goes on the first byte of each group, and whoever hits it is sent to the
+ * trampoline.  After one grace period for all of them no task, no idle task and
+ * no handler has its instruction pointer behind a first byte: nothing in a group
+ * sleeps (calls are last, what may fault for long is first), so a task in its
+ * middle was preempted there, and RCU tasks waits for it.  Then the other bytes
+ * are free.
+ */
+#include <linux/kdebug.h>
+#include <linux/notifier.h>
+
+#include "kw.h"
+
+static struct kw_txn *kw_arming; /* whose groups have an int3; set under kw_lock */
+
+/* Find the poke at addr: pokes ascend. */
+struct kw_poke *kw_poke_at(struct kw_txn *t, u64 addr)
+{
+	u32 lo = 0, hi = t->count;
+
+	while (lo < hi) {
+		u32 mid = lo + (hi - lo) / 2;
+
+		if (t->pokes[mid].addr == addr)
+			return &t->pokes[mid];
+		if (t->pokes[mid].addr < addr)
+			lo = mid + 1;
+		else
+			hi = mid;
+	}
+	return NULL;
+}
+NOKPROBE_SYMBOL(kw_poke_at);
+
+/* The poke whose bytes hold addr. */
+static struct kw_poke *kw_poke_around(struct kw_txn *t, u64 addr)
+{
+	u32 lo = 0, hi = t->count;
+
+	while (lo < hi) {
+		u32 mid = lo + (hi - lo) / 2;
+
+		if (t->pokes[mid].addr + t->pokes[mid].len <= addr)
+			lo = mid + 1;
+		else
+			hi = mid;
+	}
+	return lo < t->count && t->pokes[lo].addr <= addr ? &t->pokes[lo] : NULL;
+}
+NOKPROBE_SYMBOL(kw_poke_around);
+
+static u64 kw_target(u64 addr, const u8 *jump)
+{
+	s32 rel;
+
+	memcpy(&rel, jump + 1, sizeof(rel));
+	return addr + KW_JMP_LEN + rel;
+}
+NOKPROBE_SYMBOL(kw_target);
+
+static u64 kw_short_target(const struct kw_poke *p)
+{
+	return p->addr + KW_SHORT_LEN + (s8)p->new_[1];
+}
+NOKPROBE_SYMBOL(kw_short_target);
+
+/* Where a hit of the poke is to go on: in the trampoline. */
+static u64 kw_trampoline_of(struct kw_txn *t, const struct kw_poke *p)
+{
+	u64 at = p->addr;
+	const u8 *jump = p->new_;
+
+	if (jump[0] != KW_JMP_OPCODE) {
+		at = kw_short_target(p);
+		p = kw_poke_around(t, at);
+		jump = p->new_ + (at - p->addr);
+	}
+	return kw_target(at, jump);
+}
+NOKPROBE_SYMBOL(kw_trampoline_of);
+
+static int kw_group_hit(struct notifier_block *nb, unsigned long event, void *data)
+{
+	struct pt_regs *regs = ((struct die_args *)data)->regs;
+	struct kw_txn *t = READ_ONCE(kw_arming);
+	struct kw_poke *p;
+
+	if (event != DIE_INT3 || !t || user_mode(regs))
+		return NOTIFY_DONE;
+	p = kw_poke_at(t, regs->ip - 1);
+	if (!p || !(p->flags & KW_POKE_GROUP))
+		return NOTIFY_DONE;
+	regs->ip = kw_trampoline_of(t, p);
+	return NOTIFY_STOP;
+}
+NOKPROBE_SYMBOL(kw_group_hit);
+
+static struct notifier_block kw_group_notifier = {
+	.notifier_call = kw_group_hit,
+	.priority = INT_MAX - 1, /* a debugger would take the int3 for its own */
+};
+
+int kw_group_init(void)
+{
+	return register_die_notifier(&kw_group_notifier);
+}
+
+void kw_group_exit(void)
+{
+	unregister_die_notifier(&kw_group_notifier);
+}
+
+static int kw_arm_batch(struct kw_txn *t, u32 from, u32 to, u32 *bad)
+{
+	static const u8 int3 = KW_INT3;
+	u32 i;
+
+	for (i = from; i < to; i++) {
+		const struct kw_poke *p = &t->pokes[i];
+
+		if (!(p->flags & KW_POKE_GROUP))
+			continue;
+		*bad = i;
+		if (kw_text_has_kprobe(p) || !kw_text_matches(p, p->old))
+			return -ESTALE;
+		t->states[i] = KW_ARMED;
+		kw_syms.poke((void *)p->addr, &int3, sizeof(int3));
+	}
+	kw_syms.poke_sync();
+	return 0;
+}
+
+static bool kw_has_groups(const struct kw_txn *t)
+{
+	u32 i;
+
+	for (i = 0; i < t->count; i++)
+		if (t->pokes[i].flags & KW_POKE_GROUP)
+			return true;
+	return false;
+}
+
+/* Empty all groups; kw_lock is dropped while it waits. */
+int kw_group_arm(struct kw_txn *t, u32 *bad)
+{
+	u32 from, to;
+	int ret = 0;
+
+	if (!kw_has_groups(t))
+		return 0;
+	WRITE_ONCE(kw_arming, t);
+	for (from = 0; from < t->count && !ret; from = to) {
+		to = min(from + KW_BATCH, t->count);
+		kw_text_lock();
+		ret = kw_arm_batch(t, from, to, bad);
+		kw_text_unlock();
+		cond_resched();
+	}
+	if (ret)
+		return ret;
+	mutex_unlock(&kw_lock);
+	kw_quiesce();
+	mutex_lock(&kw_lock);
+	return 0;
+}
+
+/* All int3 are gone, and the last sync saw every handler of one end. */
+void kw_group_done(struct kw_txn *t)
+{
+	if (READ_ONCE(kw_arming) != t)
+		return;
+	kw_syms.poke_sync();
+	WRITE_ONCE(kw_arming, NULL);
+}
+
+/* ---- what a transaction may write ---- */
+
+static bool kw_leads_into(const struct kw_code *code, u64 addr, const u8 *jump)
+{
+	u64 start = (unsigned long)code->mem, target = kw_target(addr, jump);
+
+	return jump[0] == KW_JMP_OPCODE && target >= start && target < start + code->size;
+}
+
+/*
+ * Walk the jumps of a poke: the offset of the first at or behind off, its length
+ * if there is none, 0 if there is anything but jumps into the area and int3.
+ */
+static u32 kw_next_jump(const struct kw_code *code, const struct kw_poke *p, u32 off)
+{
+	for (; off < p->len && p->new_[off] == KW_INT3; off++)
+		;
+	if (off >= p->len)
+		return p->len;
+	if (p->len - off < KW_JMP_LEN || !kw_leads_into(code, p->addr + off, p->new_ + off))
+		return 0;
+	return off;
+}
+
+static bool kw_is_long_jump(const struct kw_code *code, const struct kw_poke *p)
+{
+	u32 off;
+
+	if (p->len < KW_JMP_LEN || !kw_leads_into(code, p->addr, p->new_))
+		return false;
+	for (off = KW_JMP_LEN; off < p->len; off += KW_JMP_LEN) {
+		off = kw_next_jump(code, p, off);
+		if (!off || (off < p->len && !(p->flags & KW_POKE_HOST)))
+			return false;
+	}
+	return true;
+}
+
+static bool kw_is_springboard(const struct kw_code *code, const struct kw_poke *p, u64 addr)
+{
+	u32 off = 0;
+
+	if (!p || !(p->flags & KW_POKE_HOST) || kw_is_short(p))
+		return false;
+	while (off < p->len && p->addr + off < addr)
+		off = kw_next_jump(code, p, off + KW_JMP_LEN);
+	return p->addr + off == addr;
+}
+
+static bool kw_is_short_jump(struct kw_txn *t, const struct kw_poke *p)
+{
+	u64 target = kw_short_target(p);
+	u32 i;
+
+	if (p->len < KW_SHORT_LEN)
+		return false;
+	for (i = KW_SHORT_LEN; i < p->len; i++)
+		if (p->new_[i] != KW_INT3)
+			return false;
+	return kw_is_springboard(t->code, kw_poke_around(t, target), target);
+}
+
+/* Check form, order and aim of all pokes. */
+int kw_check_jumps(struct kw_txn *t, u32 *bad)
+{
+	u64 end = 0;
+	u32 i;
+
+	for (i = 0; i < t->count; i++) {
+		const struct kw_poke *p = &t->pokes[i];
+
+		*bad = i;
+		if (p->addr < end || p->len > KW_POKE_BYTES)
+			return -EINVAL;
+		if (!kw_is_short(p) && !kw_is_long_jump(t->code, p))
+			return -EINVAL;
+		end = p->addr + p->len;
+	}
+	for (i = 0; i < t->count; i++) {
+		*bad = i;
+		if (kw_is_short(&t->pokes[i]) && !kw_is_short_jump(t, &t->pokes[i]))
+			return -EINVAL;
+	}
+	return 0;
+}
