@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -14,13 +16,14 @@ Mask = npt.NDArray[np.bool_]
 Rows = npt.NDArray[np.int64]
 
 
-def select_rows(code: Code, parts: list[int], selector: Selector) -> Rows:
+def select_rows(code: Code, parts: Sequence[int], selector: Selector) -> Rows:
     """Rows of the points that `selector` means in `parts`, ascending by row."""
     if selector is Selector.ENTRY:
-        found = code.entries[parts]
+        found = np.unique(code.entries[parts])
         return found[found >= 0]
-    inside = np.isin(code.part, parts)
-    return np.flatnonzero(inside & _SELECT[selector](code))
+    inside = np.zeros(len(code.parts), bool)
+    inside[parts] = True
+    return np.flatnonzero(inside[code.part] & _SELECT[selector](code))
 
 
 def _insns(code: Code) -> Mask:

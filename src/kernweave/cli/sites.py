@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from itertools import islice
 from typing import Any
 
 import click
@@ -14,7 +15,7 @@ from kernweave.cli.count import END_SCHEMA
 from kernweave.cli.output import print_json, print_table, progress
 from kernweave.model.plan import Tactic
 from kernweave.session.session import Session
-from kernweave.session.survey import SiteVerdict
+from kernweave.session.survey import Survey
 
 _SHOWN_ROWS = 30
 
@@ -37,29 +38,30 @@ def sites(
     """  # noqa: D301
     tactics = tactic.split(",") if tactic else None
     with connect(obj["target"], writer=False, progress=progress) as session:
-        found = session.sites(*points, tactics=tactics)
+        found = session.survey(*points, tactics=tactics)
+        tally = found.tally()
         if as_json:
-            for one in found:
-                print_json(one)
-            print_json(_end_row(session, found))
-            sys.stdout.flush()
+            _print_json(session, found)
         else:
-            _print_human(found, every)
-    return 0 if any(one.tactic for one in found) else 1
+            _print_human(found, tally, every)
+    return 0 if any(name in tally for name in Tactic) else 1
 
 
-def _end_row(session: Session, found: list[SiteVerdict]) -> dict[str, Any]:
-    placed = [one for one in found if one.tactic]
-    return {
+def _print_json(session: Session, found: Survey) -> None:
+    tactics: Counter[str] = Counter()
+    refused = []
+    for one in found:
+        print_json(one)
+        if one.tactic:
+            tactics[one.tactic] += 1
+        else:
+            refused.append({"point": one.point, "reason": one.reason, "detail": one.detail})
+    end = {
         "schema": END_SCHEMA,
         "requested": len(found),
-        "placed": len(placed),
-        "refused": [
-            {"point": one.point, "reason": one.reason, "detail": one.detail}
-            for one in found
-            if one.reason
-        ],
-        "tactics": dict(Counter(one.tactic for one in placed).most_common()),
+        "placed": len(found) - len(refused),
+        "refused": refused,
+        "tactics": dict(tactics.most_common()),
         "hits": 0,
         "missed": 0,
         "in_flight": 0,
@@ -70,16 +72,24 @@ def _end_row(session: Session, found: list[SiteVerdict]) -> dict[str, Any]:
         "target": session.target,
         "kernel": session.kernel,
     }
+    print_json(end)
+    sys.stdout.flush()
 
 
-def _print_human(found: list[SiteVerdict], every: bool) -> None:
-    shown = found if every else found[:_SHOWN_ROWS]
+def _print_human(found: Survey, tally: dict[str, int], every: bool) -> None:
+    shown = list(found if every else islice(found, _SHOWN_ROWS))
     cells = [
         (one.point, one.tactic or f"refused: {one.reason}", one.site_bytes or "") for one in shown
     ]
     print_table(("point", "tactic", "bytes"), cells, (False, False, False))
     if len(shown) < len(found):
         print(f"... {len(found) - len(shown):,} more rows: add --all")
-    tally = Counter(one.tactic or f"refused ({one.reason})" for one in found)
-    parts = ", ".join(f"{name} {number:,}" for name, number in tally.most_common())
-    print(f"{len(found):,} points: {parts}")
+    print()
+    total = len(found)
+    rows = [
+        (name if name in set(Tactic) else f"refused: {name}", f"{n:,}", f"{100 * n / total:.2f}%")
+        for name, n in tally.items()
+    ]
+    print_table(
+        ("tactic", "points", "share"), [*rows, ("all", f"{total:,}", "")], (False, True, True)
+    )

@@ -24,7 +24,7 @@ from kernweave.session.attachment import Placed
 from kernweave.session.resolve import Resolved
 from kernweave.splice.board import Boards
 from kernweave.splice.layout import COUNTER_BYTES, Displaced, Site, add_traps, bind, draft
-from kernweave.splice.place import Rules, explain, place
+from kernweave.splice.place import Placement, Rules, explain, place
 from kernweave.splice.window import SHORT_BYTES, SITE_BYTES
 from kernweave.x86.decode import ALL_MASK
 
@@ -48,27 +48,49 @@ class Known(Protocol):
         """bool[n]: where control may arrive otherwise than from the instruction before."""
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """The verdict on a request: what to change, and which points each site serves.
+@dataclass(frozen=True)
+class Decision:
+    """The verdict on a request, as columns.
 
     Attributes:
-        points: points that can be placed.
-        sites: what to change: jumps ascending by address, then traps ascending.
-        site: int64[m], row in `sites` of each point.
-        row: int64[m], row in the plan of each point: its instruction among those counted.
-        refused: the others.
+        resolved: what was asked for.
+        code: its functions, with every landing that is known.
+        alone: nothing but the functions' own ftrace sites is asked for.
+        back: int64[m], row of `placement` that each point has.
+        placement: of each instruction asked for.
+        beyond: bool[u], instructions that would trap, of which the kernel bears only so many.
     """
 
-    points: tuple[Point, ...]
-    sites: tuple[Site, ...]
-    site: npt.NDArray[np.int64]
-    row: npt.NDArray[np.int64]
-    refused: tuple[Refused, ...]
+    resolved: Resolved
+    code: Code
+    alone: bool
+    back: npt.NDArray[np.int64]
+    placement: Placement
+    beyond: npt.NDArray[np.bool_]
+
+    @property
+    def placed(self) -> npt.NDArray[np.bool_]:
+        """bool[m]: which points can be placed."""
+        free = np.array([reason is None for reason in self.placement.reason], bool)
+        return np.asarray(free[self.back])
+
+    def refused(self, i: int) -> Refused:
+        """Why a point cannot be placed."""
+        row = int(self.back[i])
+        reason = self.placement.reason[row]
+        detail = explain(self.code, int(self.placement.rows[row]), reason)
+        if self.beyond[row]:
+            detail = f"only {MAX_TRAPS:,} points may trap at once"
+        return Refused(self.resolved.point(i).text, reason, detail)
+
+    def all_refused(self) -> list[Refused]:
+        """Everything that cannot be placed; points that do not exist first."""
+        rows = np.flatnonzero(~self.placed).tolist()
+        return [*self.resolved.refused, *(self.refused(i) for i in rows)]
 
 
-def choose(resolved: Resolved, sites: Sites, rules: Rules, known: Known) -> Choice:
-    """Place what can be placed, refuse the rest with a reason each.
+def decide(resolved: Resolved, sites: Sites, rules: Rules, known: Known) -> Decision:
+    """Find out what can be placed, and why the rest cannot.
 
     Args:
         resolved: what was asked for.
@@ -83,29 +105,48 @@ def choose(resolved: Resolved, sites: Sites, rules: Rules, known: Known) -> Choi
     if not alone:
         code = replace(code, landing=code.landing | known.landing(code))
     placement = place(code, rows, sites, rules)
-    reasons = placement.reason
-    beyond = np.flatnonzero(placement.tactic == Tactic.INT3)[MAX_TRAPS:]
-    too_many = set(beyond.tolist())
-    reasons[beyond] = Reason.TOO_SHORT
-    refused = list(resolved.refused)
-    free = np.array([reason is None for reason in reasons], bool)[back]
-    kept = np.flatnonzero(free)
-    for i in np.flatnonzero(~free).tolist():
-        row = int(back[i])
-        detail = explain(code, int(rows[row]), reasons[row])
-        if row in too_many:
-            detail = f"only {MAX_TRAPS:,} points may trap at once"
-        refused.append(Refused(resolved.points[i].text, reasons[row], detail))
-    used = np.unique(back[kept])
-    live = live_before(code, sites) if alone else known.live(code)
-    made = _Maker(code, live, rows[used], placement.tactic[used], placement.boards)
-    place_of = np.searchsorted(used, back[kept])
+    beyond = np.zeros(len(rows), bool)
+    beyond[np.flatnonzero(placement.tactic == Tactic.INT3)[MAX_TRAPS:]] = True
+    placement.reason[beyond] = Reason.TOO_SHORT
+    placement.tactic[beyond] = None
+    return Decision(resolved, code, alone, back, placement, beyond)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What is going to be placed, and which points each site serves.
+
+    Attributes:
+        points: points that can be placed.
+        sites: what to change: jumps ascending by address, then traps ascending.
+        row: int64[m], row in the plan of each point: its instruction among those counted.
+        refused: the others.
+    """
+
+    points: tuple[Point, ...]
+    sites: tuple[Site, ...]
+    row: npt.NDArray[np.int64]
+    refused: tuple[Refused, ...]
+
+
+def choose(decision: Decision, sites: Sites, known: Known) -> Choice:
+    """Make sites of what can be placed.
+
+    Args:
+        decision: the verdict.
+        sites: the kernel's tables.
+        known: what the whole kernel tells of some functions.
+    """
+    code, placement = decision.code, decision.placement
+    kept = np.flatnonzero(decision.placed)
+    used = np.unique(decision.back[kept])
+    live = live_before(code, sites) if decision.alone else known.live(code)
+    made = _Maker(code, live, placement.rows[used], placement.tactic[used], placement.boards)
     return Choice(
-        tuple(resolved.points[i] for i in kept.tolist()),
+        tuple(decision.resolved.point(i) for i in kept.tolist()),
         made.sites,
-        made.site[place_of],
-        made.row[place_of],
-        tuple(refused),
+        made.row[np.searchsorted(used, decision.back[kept])],
+        tuple(decision.all_refused()),
     )
 
 
@@ -114,8 +155,7 @@ class _Maker:
 
     Attributes:
         sites: as in `Choice`.
-        site: int64[u], row in `sites` of each row given.
-        row: int64[u], row in the plan of each.
+        row: int64[u], row in the plan of each row given.
     """
 
     def __init__(
@@ -150,14 +190,9 @@ class _Maker:
         traps = [self._site(row, row + 1, Tactic.INT3) for row in rows[trapped].tolist()]
         traps.sort(key=lambda site: site.addr)
         self.sites = (*made, *traps)
-        starts = np.array([site.addr for site in made], np.uint64)
-        addr = code.addr[rows]
-        order = np.lexsort((addr, trapped))
+        order = np.lexsort((code.addr[rows], trapped))
         self.row = np.empty(len(rows), np.int64)
         self.row[order] = np.arange(len(rows))
-        self.site = np.searchsorted(starts, addr, side="right") - 1
-        count = len(rows) - int(trapped.sum())
-        self.site[trapped] = len(made) + self.row[trapped] - count
 
     def _site(self, first: int, end: int, tactic: Tactic, board: int | None = None) -> Site:
         code = self._code
@@ -203,19 +238,18 @@ def rules_for(flags: Fact, tactics: Sequence[Tactic]) -> Rules:
     )
 
 
-def check_refusals(choice: Choice, resolved: Resolved, partial: bool) -> None:
+def check_refusals(decision: Decision, partial: bool) -> None:
     """Explicitly named points are all or nothing unless `partial`; nothing at all is an error.
 
     Raises:
         RefusedError: with every refused point.
     """
-    explicit = {
-        point.text for point, named in zip(resolved.points, resolved.explicit, strict=True) if named
-    }
-    strict = resolved.refused_explicit > 0 or any(one.point in explicit for one in choice.refused)
-    if choice.points and (partial or not strict):
+    placed, resolved = decision.placed, decision.resolved
+    strict = resolved.refused_explicit > 0 or bool((resolved.explicit & ~placed).any())
+    if placed.any() and (partial or not strict):
         return
-    triples = [(one.point, one.reason, one.detail) for one in choice.refused]
+    refused = decision.all_refused()
+    triples = [(one.point, one.reason, one.detail) for one in refused]
     if len(triples) == 1:
         point, reason, detail = triples[0]
         raise RefusedError(
@@ -227,12 +261,12 @@ def check_refusals(choice: Choice, resolved: Resolved, partial: bool) -> None:
     notes = [f"{point}: {detail} ({reason})" for point, reason, detail in triples[:8]]
     if len(triples) > 8:
         notes.append(f"and {len(triples) - 8} more")
-    wanted = len(triples) + len(choice.points)
+    wanted = len(triples) + int(placed.sum())
     raise RefusedError(
         f"cannot place {len(triples)} of {wanted} points",
         triples,
         notes=notes,
-        help="add --partial to count the others" if choice.points else None,
+        help="add --partial to count the others" if placed.any() else None,
     )
 
 

@@ -20,6 +20,7 @@ from kernweave.model.point import KIND_OF, Kind, PointSpec, Selector, format_poi
 from kernweave.session.names import NotOne, find_one, images_of, printed_name
 from kernweave.session.view import KernelView
 
+_KINDS = tuple(Kind)
 _ENDBR_BYTES = 4
 _NOP_BYTES = 5
 
@@ -41,19 +42,30 @@ class Resolved:
 
     Attributes:
         code: the functions concerned.
-        points: m points, in the order asked for, each address and kind once.
-        rows: int64[m], row of each point.
-        explicit: m flags: named one by one, so that a refusal is an error.
+        rows: int64[m], row of each point, in the order asked for, each row and kind once.
+        kinds: uint8[m], what each is: its place in `Kind`.
+        explicit: bool[m], named one by one, so that a refusal is an error.
         refused: points that are not in the code at all.
         refused_explicit: how many of `refused` were named one by one.
     """
 
     code: Code
-    points: tuple[Point, ...]
     rows: npt.NDArray[np.int64]
-    explicit: tuple[bool, ...]
+    kinds: npt.NDArray[np.uint8]
+    explicit: npt.NDArray[np.bool_]
     refused: tuple[Refused, ...]
     refused_explicit: int
+
+    def point(self, i: int) -> Point:
+        """The point of that number."""
+        code, row = self.code, int(self.rows[i])
+        part_row = int(code.part[row])
+        part = code.parts[part_row]
+        offset = int(code.addr[row]) - part.start
+        at_entry = part.group == part.start and int(code.entries[part_row]) == row
+        kind = _KINDS[self.kinds[i]]
+        text = format_point(part.name, offset, kind, at_entry=at_entry)
+        return Point(text, part.symbol, part.kmod, offset, int(code.addr[row]), kind)
 
 
 class Resolver:
@@ -75,19 +87,18 @@ class Resolver:
             for one in named:
                 self._want(spec, one)
         code = self._decode()
-        rows: dict[tuple[int, Kind], int] = {}
-        points: list[Point] = []
-        explicit: list[bool] = []
-        for point, row, is_explicit in self._expand(wanted, code):
-            if rows.setdefault((point.addr, point.kind), len(points)) == len(points):
-                points.append(point)
-                explicit.append(is_explicit)
-                self._rows.append(row)
+        found = [(spec, *self._rows_of(spec, named, code)) for spec, named in wanted]
+        rows = np.concatenate([np.zeros(0, np.int64), *(rows for _, _, rows in found)])
+        sizes = [len(rows) for _, _, rows in found]
+        kinds = np.repeat(np.array([_KINDS.index(kind) for _, kind, _ in found], np.uint8), sizes)
+        explicit = np.repeat(np.array([spec.is_explicit for spec, _, _ in found], bool), sizes)
+        _, first = np.unique(rows * len(_KINDS) + kinds, return_index=True)
+        kept = np.sort(first)
         return Resolved(
             code,
-            tuple(points),
-            np.array(self._rows, np.int64),
-            tuple(explicit),
+            rows[kept],
+            kinds[kept],
+            explicit[kept],
             tuple(self._refused),
             self._refused_explicit,
         )
@@ -186,7 +197,6 @@ class Resolver:
         return None
 
     def _decode(self) -> Code:
-        self._rows: list[int] = []
         self._ftrace = set(self._view.sites.ftrace.tolist())
         parts = list({**self._entry, **self._full}.values())
         homes = {cold.start: start for start, colds in self._cold.items() for cold in colds}
@@ -209,46 +219,32 @@ class Resolver:
 
     # ---- points --------------------------------------------------------------------------------
 
-    def _expand(
-        self, wanted: Sequence[tuple[PointSpec, list[Named]]], code: Code
-    ) -> list[tuple[Point, int, bool]]:
-        found: list[tuple[Point, int, bool]] = []
-        for spec, named in wanted:
-            for one in named:
-                kind, rows = self._rows_of(spec, one, code)
-                found += [
-                    (_point(code, int(row), kind), int(row), spec.is_explicit) for row in rows
-                ]
-        return found
-
     def _rows_of(
-        self, spec: PointSpec, named: Named, code: Code
+        self, spec: PointSpec, named: Sequence[Named], code: Code
     ) -> tuple[Kind, npt.NDArray[np.int64]]:
         if spec.offset is not None or spec.addr is not None:
-            addr = named.start + spec.offset if spec.offset is not None else spec.addr
-            assert addr is not None
-            row = code.rows_at(np.array([addr], np.uint64))
-            if row[0] < 0:
-                self._refuse(spec, Reason.NOT_BOUNDARY, _boundaries(code, named, addr))
-                row = row[:0]
-            return Kind.INSN, row
-        starts = [named.start, *(cold.start for cold in self._cold.get(named.start, []))]
+            rows = [self._row_at(spec, one, code) for one in named]
+            return Kind.INSN, np.array([row for row in rows if row >= 0], np.int64)
+        starts = [
+            start
+            for one in named
+            for start in (one.start, *(cold.start for cold in self._cold.get(one.start, [])))
+        ]
         parts = [self._part_rows[start] for start in starts]
         return KIND_OF[spec.selector], select_rows(code, parts, spec.selector)
+
+    def _row_at(self, spec: PointSpec, named: Named, code: Code) -> int:
+        addr = named.start + spec.offset if spec.offset is not None else spec.addr
+        assert addr is not None
+        row = int(code.rows_at(np.array([addr], np.uint64))[0])
+        if row < 0:
+            self._refuse(spec, Reason.NOT_BOUNDARY, _boundaries(code, named, addr))
+        return row
 
 
 def _end(image: Symbols, addr: int) -> int:
     bounds = image.bounds(addr)
     return bounds[1] if bounds else addr
-
-
-def _point(code: Code, row: int, kind: Kind) -> Point:
-    part_row = int(code.part[row])
-    part = code.parts[part_row]
-    offset = int(code.addr[row]) - part.start
-    at_entry = part.group == part.start and int(code.entries[part_row]) == row
-    text = format_point(part.name, offset, kind, at_entry=at_entry)
-    return Point(text, part.symbol, part.kmod, offset, int(code.addr[row]), kind)
 
 
 def _boundaries(code: Code, named: Named, addr: int) -> str:

@@ -29,25 +29,26 @@ from kernweave.model.point import parse_point
 from kernweave.session.analysis import Analysis
 from kernweave.session.attach import (
     Amend,
-    Choice,
     Clobber,
+    Decision,
     check_refusals,
     choose,
     clobbering,
     commit,
+    decide,
     make_pokes,
     rules_for,
 )
 from kernweave.session.attachment import Attachment
 from kernweave.session.listing import InsnInfo, Listing
 from kernweave.session.query import open_database
-from kernweave.session.resolve import Resolved, Resolver
+from kernweave.session.resolve import Resolver
 from kernweave.session.survey import (
     FunctionInfo,
     SiteVerdict,
+    Survey,
     list_functions,
     prototype_of,
-    verdicts,
 )
 from kernweave.session.tables import FunctionTable, Kernel, Table
 from kernweave.session.target import AnyLink, open_link
@@ -183,8 +184,23 @@ class Session:
         Raises:
             UsageError: not a point.
         """
-        resolved, choice = self._choose(points, tactics)
-        return verdicts(resolved, choice)
+        return list(self.survey(*points, tactics=tactics))
+
+    def survey(self, *points: str, tactics: Sequence[str] | None = None) -> Survey:
+        """The same for millions of points: numbers at once, a verdict when it is asked for.
+
+        Args:
+            points: as in the point grammar.
+            tactics: allowed tactics, in order; None: all.
+
+        Raises:
+            UsageError: not a point.
+
+        Example:
+            >>> with kernweave.connect() as k:  # doctest: +SKIP
+            ...     k.survey("*@insns").tally()
+        """
+        return Survey(self._decide(points, tactics))
 
     def list_functions(self, glob: str = "*") -> list[FunctionInfo]:
         """Functions whose names match, in address order; kmods included."""
@@ -242,10 +258,10 @@ class Session:
         """
         kernel = self.tables
         kernel.find(function)  # a name, not a pattern
-        resolved, choice = self._choose([f"{function}@insns"], None)
-        live = self._analysis.live(resolved.code)
-        listing = Listing(kernel, resolved.code, self._view.sites)
-        return listing.rows(live, verdicts(resolved, choice))
+        decision = self._decide([f"{function}@insns"], None)
+        code = decision.resolved.code
+        listing = Listing(kernel, code, self._view.sites)
+        return listing.rows(self._analysis.live(code), list(Survey(decision)))
 
     def database(self) -> Any:
         """A DuckDB connection (duckdb.DuckDBPyConnection) with the tables as views.
@@ -259,9 +275,7 @@ class Session:
         """
         return open_database(self.tables)
 
-    def _choose(
-        self, points: Sequence[str], tactics: Sequence[str] | None
-    ) -> tuple[Resolved, Choice]:
+    def _decide(self, points: Sequence[str], tactics: Sequence[str] | None) -> Decision:
         specs = [parse_point(point) for point in points]
         if not specs:
             raise UsageError("no point given", help="name a function, for instance vfs_read")
@@ -270,7 +284,7 @@ class Session:
             rules = rules_for(self._driver.facts.flags, self._tactics(tactics))
             resolved = Resolver(self._view).resolve(specs)
             if self._view.is_current():
-                return resolved, choose(resolved, self._view.sites, rules, self._analysis)
+                return decide(resolved, self._view.sites, rules, self._analysis)
         raise DriverError("kprobes come and go too fast to read this kernel's text", errno.EBUSY)
 
     def count(
@@ -301,8 +315,9 @@ class Session:
             ...     k.run(["true"])
             >>> hits.rows()  # doctest: +SKIP
         """
-        resolved, choice = self._choose(points, tactics)
-        check_refusals(choice, resolved, partial)
+        decision = self._decide(points, tactics)
+        check_refusals(decision, partial)
+        choice = choose(decision, self._view.sites, self._analysis)
         if clobber:
             choice = clobbering(choice, clobber)
         if not self._hooked and any(site.tactic is Tactic.NOP5 for site in choice.sites):

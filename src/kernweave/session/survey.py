@@ -3,16 +3,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
 
 from kernweave.image.btf import Btf
 from kernweave.image.btf_text import prototype
-from kernweave.model.plan import Point
+from kernweave.model.plan import Point, Tactic
 from kernweave.model.point import PointSpec
-from kernweave.session.attach import Choice
+from kernweave.session.attach import Decision
 from kernweave.session.names import images_of, printed_name
-from kernweave.session.resolve import Resolved
 from kernweave.session.view import KernelView
+from kernweave.splice.window import SHORT_BYTES, SITE_BYTES
 
 SITE_SCHEMA = "kernweave.site/1"
 
@@ -46,35 +51,71 @@ class FunctionInfo:
     symbol: str
 
 
-def verdicts(resolved: Resolved, choice: Choice) -> list[SiteVerdict]:
-    """One verdict per point, in the order asked for; points that do not exist come last."""
-    sites = {
-        (point.addr, point.kind): choice.sites[row]
-        for point, row in zip(choice.points, choice.site.tolist(), strict=True)
-    }
-    refused = {one.point: one for one in choice.refused}
-    found = []
-    for point, row in zip(resolved.points, resolved.rows.tolist(), strict=True):
-        site = sites.get((point.addr, point.kind))
-        no = None if site else refused[point.text]
-        found.append(
-            SiteVerdict(
-                *_place(point),
-                tactic=site.tactic.value if site else None,
-                reason=no.reason.value if no else None,
-                detail=no.detail if no else None,
-                site_addr=f"{site.addr:#x}" if site else None,
-                site_bytes=site.code.hex() if site else resolved.code.raw(row).hex(),
+class Survey:
+    """What would be done with each point asked for; points that do not exist come last."""
+
+    def __init__(self, decision: Decision) -> None:
+        """Find the site of every instruction; made by `Session.survey`."""
+        self._decision = decision
+        placement, code = decision.placement, decision.code
+        rows = placement.rows
+        first, end = rows.copy(), rows + 1
+        for windows in (placement.boards.windows, placement.boards.shorts):
+            number = windows.of(rows)
+            inside = number >= 0
+            first[inside] = windows.first[number[inside]]
+            end[inside] = windows.end[number[inside]]
+        self._site = code.addr[first]
+        self._size = code.addr[end - 1] + code.length[end - 1] - self._site
+        self._size = np.maximum(self._size, _least(placement.tactic))
+
+    def __len__(self) -> int:
+        return len(self._decision.back) + len(self._decision.resolved.refused)
+
+    def __iter__(self) -> Iterator[SiteVerdict]:
+        """One verdict per point, in the order asked for."""
+        placed = self._decision.placed.tolist()
+        for i, row in enumerate(self._decision.back.tolist()):
+            yield self._verdict(i, row, placed[i])
+        nowhere = (None,) * 5
+        for one in self._decision.resolved.refused:
+            yield SiteVerdict(
+                SITE_SCHEMA, one.point, *nowhere, None, one.reason.value, one.detail, None, None
             )
+
+    def tally(self) -> dict[str, int]:
+        """Number of points per tactic and per reason, the most frequent first."""
+        placement, back = self._decision.placement, self._decision.back
+        words = [
+            str(tactic or reason)
+            for tactic, reason in zip(placement.tactic, placement.reason, strict=True)
+        ]
+        names, number = np.unique(np.array(words, "U32"), return_inverse=True)
+        counts = np.bincount(number[back], minlength=len(names))
+        found = Counter(dict(zip(names.tolist(), counts.tolist(), strict=True)))
+        found.update(one.reason.value for one in self._decision.resolved.refused)
+        return dict(found.most_common())
+
+    def _verdict(self, i: int, row: int, placed: bool) -> SiteVerdict:
+        decision = self._decision
+        placement = decision.placement
+        no = None if placed else decision.refused(i)
+        return SiteVerdict(
+            *_place(decision.resolved.point(i)),
+            tactic=placement.tactic[row].value if placed else None,
+            reason=no.reason.value if no else None,
+            detail=no.detail if no else None,
+            site_addr=f"{int(self._site[row]):#x}" if placed else None,
+            site_bytes=self._bytes(row).hex()
+            if placed
+            else decision.code.raw(int(placement.rows[row])).hex(),
         )
-    nowhere = (None,) * 5
-    found += [
-        SiteVerdict(
-            SITE_SCHEMA, one.point, *nowhere, None, one.reason.value, one.detail, None, None
-        )
-        for one in resolved.refused
-    ]
-    return found
+
+    def _bytes(self, row: int) -> bytes:
+        code = self._decision.code
+        part = code.parts[int(code.part[self._decision.placement.rows[row]])]
+        at = int(self._site[row]) - part.start
+        return part.code[at : at + int(self._size[row])]
 
 
 def _place(point: Point) -> tuple[str, str, str, str | None, str, int, str]:
@@ -87,6 +128,14 @@ def _place(point: Point) -> tuple[str, str, str, str | None, str, int, str]:
         point.offset,
         point.kind.value,
     )
+
+
+def _least(tactic: npt.NDArray[np.object_]) -> npt.NDArray[np.uint64]:
+    """uint64[u]: bytes that a site has at least."""
+    found = np.full(len(tactic), SITE_BYTES, np.uint64)
+    found[tactic == Tactic.SPRINGBOARD] = SHORT_BYTES
+    found[tactic == Tactic.INT3] = 1
+    return found
 
 
 def list_functions(view: KernelView, spec: PointSpec) -> list[FunctionInfo]:

@@ -142,7 +142,9 @@ class _Room:
         code, runs = self._code, self._runs
         for one in {one for one in self._owner[start:stop].tolist() if one >= 0}:
             del self._ends[one]
-            self._spaces = [space for space in self._spaces if space[2] != one]
+            space = bisect_left(self._spaces, (int(code.addr[one]), 0, 0))
+            if space < len(self._spaces) and self._spaces[space][2] == one:
+                del self._spaces[space]
         self._owner[start:stop] = start
         self._ends[start] = stop
         addr = int(code.addr[start])
