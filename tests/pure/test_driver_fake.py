@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from contract import MANY, NOP5, UNMAPPED, DriverContract, make_splice
+from contract_group import GroupContract
 from kernweave.driver import uapi
 from kernweave.driver.client import CommitError, Driver
 from kernweave.driver.fake import TEXT_START, FakeKernel, FakeSession
@@ -46,7 +47,7 @@ class FakeTarget:
         session.close()
 
 
-class TestFakeDriver(DriverContract):
+class TestFakeDriver(DriverContract, GroupContract):
     @pytest.fixture
     def target(self) -> FakeTarget:
         return FakeTarget()

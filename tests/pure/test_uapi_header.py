@@ -73,6 +73,7 @@ def python_constants() -> Numbers:
     )
     for prefix, enum in enums:
         found |= {f"{prefix}_{member.name}": (int(member), 0) for member in enum}
+    found |= {f"KW_POKE_{bit.name}": (int(bit), 0) for bit in uapi.PokeFlag}
     return found | {f"KW_FACT_{bit.name}": (int(bit), 0) for bit in uapi.Fact}
 
 

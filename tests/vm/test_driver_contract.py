@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from contract import DriverContract
+from contract_group import GroupContract
 from kernweave.driver.link import Link
 from kernweave.errors import UnsupportedError
 from kernweave.lab.machine import Lab
@@ -52,5 +53,5 @@ def target() -> Iterator[LabTarget]:
     assert not trouble
 
 
-class TestRealDriver(DriverContract):
+class TestRealDriver(DriverContract, GroupContract):
     pass
