@@ -16,6 +16,7 @@ from pathlib import Path
 
 from driver_style import file_faults
 from kernweave.errors import KernweaveError
+from kernweave.lab.build import compiler_args, kernel_compiler
 from kernweave.lab.cache import cache_dir
 from kernweave.lab.host import check_host_tools, install_line
 from kernweave.lab.packages import HeadersTree, fetch_headers_tree, fetch_kernel
@@ -69,14 +70,14 @@ def compile_kmod(headers: HeadersTree, sparse: ToolTree | None) -> list[str]:
     """Return the lines of compiler and sparse about our sources, or of a failed make."""
     libs = [*headers.libs, *(sparse.libs if sparse else ())]
     env = {"PATH": os.environ["PATH"], "LC_ALL": "C", "LD_LIBRARY_PATH": ":".join(map(str, libs))}
-    compiler = "gcc-12" if shutil.which("gcc-12") else "gcc"  # as Debian built the kernel
     check = ["C=2", f"CHECK={sparse.binary}"] if sparse else []
     folder = cache_dir() / "builds"
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".gate-", dir=folder) as aside:
         work = Path(aside) / "kmod"
         shutil.copytree(KMOD, work)
-        argv = ["make", "-j2", "-C", str(headers.build), f"M={work}", f"CC={compiler}", "W=1"]
+        compiler = compiler_args(kernel_compiler())
+        argv = ["make", "-j2", "-C", str(headers.build), f"M={work}", *compiler, "W=1"]
         done = subprocess.run(
             [*argv, *check, "modules"],
             env=env,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kernweave.errors import UnsupportedError, UsageError
-from kernweave.lab.build import build_kmod, build_static, cache_key
+from kernweave.lab.build import build_kmod, build_static, cache_key, compiler_args
 from kernweave.lab.packages import KernelTree
 
 
@@ -47,3 +47,13 @@ def test_compilers_words_are_in_the_error_and_nothing_stays_behind(
     assert caught.value.message == "cannot compile bad.c: gcc ended with status 1"
     assert any("nobody" in note for note in caught.value.notes)
     assert list((cache / "builds").iterdir()) == []
+
+
+def test_make_is_told_what_the_compiler_lacks(tmp_path: Path) -> None:
+    for name, status in (("new", 0), ("old", 1)):
+        compiler = tmp_path / name
+        compiler.write_text(f"#!/bin/sh\nexit {status}\n")
+        compiler.chmod(0o755)
+    new, old = (compiler_args(str(tmp_path / name)) for name in ("new", "old"))
+    assert new == [f"CC={tmp_path}/new"]
+    assert old == [f"CC={tmp_path}/old", "CONFIG_CC_HAS_MIN_FUNCTION_ALIGNMENT="]

@@ -16,8 +16,10 @@ from kernweave.lab.cache import Progress, packages_dir, silent
 
 CODENAME = "bookworm"
 BACKPORTS = "bookworm-backports"
+UNSTABLE = "sid"
 
 _KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
+_DPKG_STATUS = Path("/var/lib/dpkg/status")
 _CHECK = "check the network, the free space and the machine's apt sources, then try again"
 _LIST_LIFE_S = 3600
 
@@ -268,7 +270,7 @@ def open_apt(
     folder: Path,
     sources: Sequence[Source],
     progress: Progress = silent,
-    status: Path = Path("/var/lib/dpkg/status"),
+    status: Path = _DPKG_STATUS,
 ) -> Apt:
     """Return apt working in `folder`, its package lists at most an hour old.
 
@@ -295,14 +297,24 @@ def open_apt(
     return apt
 
 
+def series_release(series: str) -> str:
+    """Return the Debian release that kernels of a series and their programs are built for."""
+    return UNSTABLE if series == "7.2" else CODENAME
+
+
 def series_apt(series: str, progress: Progress) -> Apt:
-    """Return apt with the suites that kernels of a series come from."""
-    suites = [CODENAME, f"{CODENAME}-updates", f"{CODENAME}-security", BACKPORTS]
-    name = CODENAME
-    if series == "7.2":
-        suites, name = ["sid"], "sid"
-    sources = debian_sources(machine_sources(), suites)
-    return open_apt(packages_dir() / f"apt-{name}", sources, progress)
+    """Return apt with the suites that kernels of a series come from.
+
+    For another release than the host's it takes nothing for installed.
+    """
+    release = series_release(series)
+    folder = packages_dir() / f"apt-{release}"
+    suites = [release]
+    status = folder / "status"
+    if release == CODENAME:
+        suites += [f"{CODENAME}-updates", f"{CODENAME}-security", BACKPORTS]
+        status = _DPKG_STATUS
+    return open_apt(folder, debian_sources(machine_sources(), suites), progress, status)
 
 
 # ---- unpacking ---------------------------------------------------------------------------------

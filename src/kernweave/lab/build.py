@@ -20,6 +20,8 @@ _SOURCES = ("*.c", "*.h", "*.S", "Kbuild")
 _ERROR_LINES = 20
 # set by an outer make or a kernel developer's shell; they would change what is built
 _FOREIGN_ENV = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "ARCH", "CROSS_COMPILE")
+# what a configuration says of the kernel's own compiler, by the option that the host's may lack
+_COMPILER_CONFIG = {"-fmin-function-alignment=16": "CONFIG_CC_HAS_MIN_FUNCTION_ALIGNMENT"}
 _FOREIGN_KBUILD = ("KCFLAGS", "KCPPFLAGS", "KAFLAGS", "KBUILD_OUTPUT", "KBUILD_EXTMOD", "CC", "V")
 
 
@@ -44,7 +46,7 @@ def build_kmod(
     """
     if not (source_dir / "Kbuild").is_file():
         raise UsageError(f"{source_dir} has no Kbuild file")
-    compiler = _kernel_compiler()
+    compiler = kernel_compiler()
     files = _contents(source_dir, _SOURCES)
     key = cache_key(files, [kernel.release, kernel.version, *cflags, _version_of(compiler)])
     final = _builds_dir() / f"kmod-{key}"
@@ -73,7 +75,7 @@ def _make_kmod(
             (work / name).write_bytes(data)
         # the folder's random name must not get into the kmod (WARN and assert name files)
         flags = [f"-ffile-prefix-map={work}=.", *cflags]
-        argv = ["make", "-j2", "-C", str(build), f"M={work}", f"CC={compiler}"]
+        argv = ["make", "-j2", "-C", str(build), f"M={work}", *compiler_args(compiler)]
         env = {"LD_LIBRARY_PATH": ":".join(map(str, libs))} if libs else {}
         _compile([*argv, f"KCFLAGS={' '.join(flags)}", "modules"], "build the kmod", env)
         made = sorted(work.glob("*.ko"))
@@ -82,6 +84,17 @@ def _make_kmod(
         done.mkdir()
         made[0].rename(done / made[0].name)
         done.rename(final)
+
+
+def kernel_compiler() -> str:
+    """Name the compiler Debian built the kernel with if it is there, else the host's."""
+    return "gcc-12" if shutil.which("gcc-12") else "gcc"
+
+
+def compiler_args(compiler: str) -> list[str]:
+    """Return what make is told of the compiler, which may be older than the kernel's own."""
+    lacks = [config for option, config in _COMPILER_CONFIG.items() if not _has(compiler, option)]
+    return [f"CC={compiler}", *(f"{config}=" for config in lacks)]
 
 
 def build_static(source: Path, *, include: Path | None = None, cflags: Sequence[str] = ()) -> Path:
@@ -138,9 +151,9 @@ def _headers(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.glob("*.h")}
 
 
-def _kernel_compiler() -> str:
-    """Name the compiler Debian built the kernel with if it is there, else the host's."""
-    return "gcc-12" if shutil.which("gcc-12") else "gcc"
+def _has(compiler: str, option: str) -> bool:
+    argv = [compiler, option, "-fsyntax-only", "-x", "c", os.devnull]
+    return subprocess.run(argv, capture_output=True, check=False).returncode == 0
 
 
 def _version_of(compiler: str) -> str:

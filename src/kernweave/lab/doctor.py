@@ -22,7 +22,6 @@ from kernweave.lab.state import lab_names, labs_folder, read_state
 
 OLDEST_PYTHON = (3, 11)
 LEAST_FREE_BYTES = 1 << 30  # package lists, one kernel with headers, QEMU, builds
-BUILDABLE = ("6.1", "6.12")
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +147,7 @@ def _driver() -> Iterator[Check]:
         yield Check("driver build", "missing", detail, install_line(absent))
         return
     compiler = "gcc-12" if shutil.which("gcc-12") else "gcc"
-    kernels = [fetched_kernel(series) for series in BUILDABLE]
+    kernels = [fetched_kernel(series) for series in KERNEL_SERIES]
     headers = [kernel.release for kernel in kernels if kernel and kernel.headers]
     found = f"{compiler}, headers of {', '.join(headers)}" if headers else None
     yield _fetchable("driver build", found)

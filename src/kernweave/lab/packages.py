@@ -16,6 +16,7 @@ from kernweave.lab.apt import (
     library_folders,
     run_tool,
     series_apt,
+    series_release,
     unpack,
 )
 from kernweave.lab.cache import (
@@ -29,6 +30,7 @@ from kernweave.lab.cache import (
     tree_dir,
     unpack_aside,
 )
+from kernweave.lab.foreign import wrap_programs
 from kernweave.lab.kmods import index_modules
 
 KERNEL_SERIES = ("6.1", "6.12", "7.2")
@@ -210,19 +212,13 @@ def fetch_headers(kernel: KernelTree, progress: Progress = silent) -> Path:
     """Return the build folder of a kernel, for `make -C FOLDER M=...`.
 
     Raises:
-        UnsupportedError: kernel 7.2, or the mirror no longer has headers of this very version.
+        UnsupportedError: the mirror no longer has headers of this very version.
     """
     return fetch_headers_tree(kernel, progress).build
 
 
 def fetch_headers_tree(kernel: KernelTree, progress: Progress = silent) -> HeadersTree:
     """Return the build folder together with the libraries its programs need."""
-    if kernel.series == "7.2":
-        raise UnsupportedError(
-            "objtool and modpost of kernel 7.2 need glibc 2.38 to build a kmod",
-            notes=["the kernel is built with gcc 16"],
-            help="use series 6.1 or 6.12",
-        )
     stamp = _headers_stamp(kernel.release)
     values = fetch_once(
         stamp, ("build", "libs"), progress, lambda: _download_headers(kernel, progress)
@@ -246,6 +242,7 @@ def _download_headers(kernel: KernelTree, progress: Progress) -> Values:
             help=f"remove {packages_dir()}/kernel-{kernel.series}.json to fetch a newer kernel",
         )
     needed = re.findall(r"linux-(?:headers|kbuild)-[^\s,(]+", same[0].get("depends", ""))
+    release = series_release(kernel.series)
     final = tree_dir("headers", kernel.release, kernel.version)
     with unpack_aside() as (debs, root):
         progress(f"downloading headers of {kernel.release}")
@@ -253,14 +250,15 @@ def _download_headers(kernel: KernelTree, progress: Progress) -> Values:
         apt.download([f"{name}={kernel.version}"], debs)
         libs = debs / "needed"
         libs.mkdir()
-        apt.download_missing([f"{name}={kernel.version}" for name in needed], CODENAME, libs)
+        apt.download_missing([f"{name}={kernel.version}" for name in needed], release, libs)
         progress(f"unpacking headers of {kernel.release}")
         packages = unpack(debs.rglob("*.deb"), root)
         relocate_headers(root, final)
+        wrapped = release != CODENAME and wrap_programs(root, final, "usr/lib/linux-kbuild-*")
         settle(root, final)
     return {
         "build": str(final / "usr/src" / name),
-        "libs": [str(folder) for folder in library_folders(final)],
+        "libs": [] if wrapped else [str(folder) for folder in library_folders(final)],
         "packages": [f"{name}={version}" for name, version in packages.items()],
     }
 
