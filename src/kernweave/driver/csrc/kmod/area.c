@@ -240,20 +240,29 @@ int kw_area_write(struct kw_session *s, const struct kw_slice *req, const u8 *da
 	return 0;
 }
 
+/* In one step where the kernel can: it may then map the pages as a large one again. */
+static int kw_code_protect(struct kw_code *code)
+{
+	unsigned long addr = (unsigned long)code->mem;
+	int ret, pages = code->size >> PAGE_SHIFT;
+
+	if (kw_syms.set_rox)
+		return kw_syms.set_rox(addr, pages);
+	ret = kw_syms.set_ro(addr, pages);
+	return ret ? ret : kw_syms.set_x(addr, pages);
+}
+
 int kw_area_seal(struct kw_session *s, const struct kw_slice *req)
 {
 	struct kw_code *code = kw_area_find(s, req->area);
-	int ret, pages;
+	int ret;
 
 	if (!code)
 		return -ENOENT;
 	if (code->sealed)
 		return 0;
-	pages = code->size >> PAGE_SHIFT;
 	code->filled = true;
-	ret = kw_syms.set_ro((unsigned long)code->mem, pages);
-	if (!ret)
-		ret = kw_syms.set_x((unsigned long)code->mem, pages);
+	ret = kw_code_protect(code);
 	if (ret)
 		return ret;
 	kw_syms.poke_sync();

@@ -98,6 +98,7 @@ struct kw_syms {
 	void *(*execmem_alloc)(int type, size_t size);
 	void (*free_code)(void *mem);
 	struct vm_struct *(*find_vm_area)(const void *mem);
+	int (*set_rox)(unsigned long addr, int pages);
 	int (*set_ro)(unsigned long addr, int pages);
 	int (*set_x)(unsigned long addr, int pages);
 	struct ftrace_rec_iter *(*rec_start)(void);

@@ -3,6 +3,9 @@
 /* Find the kernel functions the driver needs by name; never by version. */
 #include <linux/kprobes.h>
 
+#include <asm/cpufeature.h>
+#include <asm/ibt.h>
+
 #include "kw.h"
 
 struct kw_syms kw_syms;
@@ -11,39 +14,74 @@ struct kw_wanted {
 	void *slot;
 	const char *names[3]; /* the first that exists is taken */
 	bool optional;
+	bool called;
 };
 
-#define WANT(field, ...) { &kw_syms.field, { __VA_ARGS__ }, false }
-#define MAY(field, ...) { &kw_syms.field, { __VA_ARGS__ }, true }
+#define WANT(field, ...) { &kw_syms.field, { __VA_ARGS__ }, false, true }
+#define MAY(field, ...) { &kw_syms.field, { __VA_ARGS__ }, true, true }
+#define WANT_DATA(field, ...) { &kw_syms.field, { __VA_ARGS__ }, false, false }
+#define MAY_DATA(field, ...) { &kw_syms.field, { __VA_ARGS__ }, true, false }
 
 static const struct kw_wanted kw_wanted[] = {
 	WANT(poke_queue, "text_poke_queue", "smp_text_poke_batch_add"),
 	WANT(poke_finish, "text_poke_finish", "smp_text_poke_batch_finish"),
 	WANT(poke, "text_poke"),
 	WANT(poke_sync, "text_poke_sync", "smp_text_poke_sync_each_cpu"),
-	WANT(text_mutex, "text_mutex"),
+	WANT_DATA(text_mutex, "text_mutex"),
 	MAY(module_alloc, "module_alloc"),
-	MAY(execmem_alloc, "execmem_alloc"),
+	/* writable also where executable memory comes from a read-only cache:
+	 * 838955f64ae7 ("execmem: introduce execmem_alloc_rw()")
+	 */
+	MAY(execmem_alloc, "execmem_alloc_rw", "execmem_alloc"),
 	WANT(free_code, "module_memfree", "execmem_free"),
 	WANT(find_vm_area, "find_vm_area"),
+	MAY(set_rox, "set_memory_rox"),
 	WANT(set_ro, "set_memory_ro"),
 	WANT(set_x, "set_memory_x"),
 	MAY(rec_start, "ftrace_rec_iter_start"),
 	MAY(rec_next, "ftrace_rec_iter_next"),
 	MAY(rec_record, "ftrace_rec_iter_record"),
 	MAY(rec_test, "ftrace_test_record"),
-	MAY(ftrace_lock, "ftrace_lock"),
-	WANT(kprobe_blacklist, "kprobe_blacklist"),
-	WANT(kprobe_table, "kprobe_table"),
-	WANT(kprobe_mutex, "kprobe_mutex"),
+	MAY_DATA(ftrace_lock, "ftrace_lock"),
+	WANT_DATA(kprobe_blacklist, "kprobe_blacklist"),
+	WANT_DATA(kprobe_table, "kprobe_table"),
+	WANT_DATA(kprobe_mutex, "kprobe_mutex"),
 	WANT(get_kprobe, "get_kprobe"),
-	WANT(modules, "modules"),
-	WANT(module_mutex, "module_mutex"),
+	WANT_DATA(modules, "modules"),
+	WANT_DATA(module_mutex, "module_mutex"),
 	WANT(module_text_address, "__module_text_address"),
-	MAY(smp_alt_modules, "smp_alt_modules"),
-	WANT(stext, "_stext"),
-	WANT(etext, "_etext"),
+	MAY_DATA(smp_alt_modules, "smp_alt_modules"),
+	WANT_DATA(stext, "_stext"),
+	WANT_DATA(etext, "_etext"),
 };
+
+/*
+ * With IBT an indirect call must arrive at an endbr64, and the kernel removes
+ * those of functions whose address it takes nowhere.  Calling one of these
+ * through kw_syms would be fatal.
+ */
+static int kw_check_call(unsigned long addr)
+{
+#if HAS_KERNEL_IBT
+	if (boot_cpu_has(X86_FEATURE_IBT) && *(u32 *)addr != gen_endbr()) {
+		pr_err("%ps cannot be called with IBT: boot with ibt=off\n", (void *)addr);
+		return -EOPNOTSUPP;
+	}
+#endif
+	return 0;
+}
+
+/* Where a function begins whose kprobe is at addr: that is put behind an endbr64. */
+static unsigned long kw_function_of(unsigned long addr)
+{
+#if HAS_KERNEL_IBT
+	u32 before = *(u32 *)(addr - ENDBR_INSN_SIZE);
+
+	if (before == gen_endbr() || before == gen_endbr_poison())
+		return addr - ENDBR_INSN_SIZE;
+#endif
+	return addr;
+}
 
 static int kw_resolve_one(const struct kw_wanted *w)
 {
@@ -57,7 +95,7 @@ static int kw_resolve_one(const struct kw_wanted *w)
 		return -EOPNOTSUPP;
 	}
 	*(unsigned long *)w->slot = addr;
-	return 0;
+	return addr && w->called ? kw_check_call(addr) : 0;
 }
 
 /*
@@ -71,14 +109,18 @@ int kw_resolve(void)
 
 	if (ret)
 		return ret;
-	kw_syms.lookup_name = (void *)kp.addr;
+	kw_syms.lookup_name = (void *)kw_function_of((unsigned long)kp.addr);
 	unregister_kprobe(&kp);
-	for (i = 0; i < ARRAY_SIZE(kw_wanted); i++) {
+	ret = kw_check_call((unsigned long)kw_syms.lookup_name);
+	for (i = 0; i < ARRAY_SIZE(kw_wanted) && !ret; i++)
 		ret = kw_resolve_one(&kw_wanted[i]);
-		if (ret)
-			return ret;
-	}
+	if (ret)
+		return ret;
 	if (!kw_syms.module_alloc && !kw_syms.execmem_alloc)
 		return -EOPNOTSUPP;
+	if (kw_syms.lookup_name("execmem_is_rox") && !kw_syms.lookup_name("execmem_alloc_rw")) {
+		pr_err("this kernel has no symbol execmem_alloc_rw\n");
+		return -EOPNOTSUPP;
+	}
 	return 0;
 }
