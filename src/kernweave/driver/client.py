@@ -62,7 +62,7 @@ class Area:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Per-CPU memory: number within its area, gs-relative address."""
+    """Per-CPU memory: number within its area, gs-relative address (signed: it may be negative)."""
 
     index: int
     offset: int
@@ -224,7 +224,7 @@ class Driver:
         """Allocate zeroed per-CPU memory that lives as long as `area`; at most 32 KiB."""
         body = self._call(Op.PERCPU, _rows(uapi.SLICE, area=area.id, len=size))
         row = np.frombuffer(body, uapi.CHUNK)[0]
-        return Chunk(int(row["index"]), int(row["offset"]))
+        return Chunk(int(row["index"]), int(row["offset"].astype(np.int64)))
 
     def write(self, area: Area, off: int, data: bytes) -> None:
         """Fill a part of an area that is not sealed."""

@@ -13,7 +13,7 @@ from kernweave.driver import uapi
 from kernweave.driver.fake_memory import Memory, RefusalError, refuse_if
 
 PAGE = 4096
-_FIRST_CHUNK = 0x3_0000  # gs-relative, behind what a kernel keeps there itself
+_FIRST_CHUNK = 0xFFFF_FFFF_8703_0000  # gs-relative, as where per-CPU memory is not at zero
 
 
 @dataclass
@@ -88,6 +88,7 @@ class Areas:
 
     def add_hits(self, offset: int, hits: int, cpu: int) -> None:
         """Add to one 64-bit counter, given by its gs-relative address."""
+        offset %= 1 << 64
         for start, chunk in self._by_offset.items():
             if start <= offset < start + 8 * chunk.shape[1]:
                 chunk[cpu, (offset - start) // 8] += np.uint64(hits)
