@@ -125,6 +125,7 @@ extern struct list_head kw_pinned; /* transactions with stuck sites; under kw_lo
 extern struct mutex kw_lock;
 
 int kw_resolve(void);
+bool kw_is_endbr(unsigned long addr);
 
 void *kw_reserve(struct kw_out *out, size_t bytes);
 

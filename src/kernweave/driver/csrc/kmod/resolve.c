@@ -2,6 +2,7 @@
 #define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
 /* Find the kernel functions the driver needs by name; never by version. */
 #include <linux/kprobes.h>
+#include <linux/uaccess.h>
 
 #include <asm/cpufeature.h>
 #include <asm/ibt.h>
@@ -71,16 +72,18 @@ static int kw_check_call(unsigned long addr)
 	return 0;
 }
 
-/* Where a function begins whose kprobe is at addr: that is put behind an endbr64. */
-static unsigned long kw_function_of(unsigned long addr)
+/* Whether an endbr64 is at addr, or the nop the kernel put in its place. */
+bool kw_is_endbr(unsigned long addr)
 {
 #if HAS_KERNEL_IBT
-	u32 before = *(u32 *)(addr - ENDBR_INSN_SIZE);
+	u32 now;
 
-	if (before == gen_endbr() || before == gen_endbr_poison())
-		return addr - ENDBR_INSN_SIZE;
+	if (copy_from_kernel_nofault(&now, (void *)addr, sizeof(now)))
+		return false;
+	return now == gen_endbr() || now == gen_endbr_poison();
+#else
+	return false;
 #endif
-	return addr;
 }
 
 static int kw_resolve_one(const struct kw_wanted *w)
@@ -106,12 +109,16 @@ int kw_resolve(void)
 {
 	struct kprobe kp = { .symbol_name = "kallsyms_lookup_name" };
 	int i, ret = register_kprobe(&kp);
+	unsigned long addr;
 
 	if (ret)
 		return ret;
-	kw_syms.lookup_name = (void *)kw_function_of((unsigned long)kp.addr);
+	addr = (unsigned long)kp.addr;
 	unregister_kprobe(&kp);
-	ret = kw_check_call((unsigned long)kw_syms.lookup_name);
+	if (kw_is_endbr(addr - ENDBR_INSN_SIZE)) /* where a kprobe at a function is put behind it */
+		addr -= ENDBR_INSN_SIZE;
+	kw_syms.lookup_name = (void *)addr;
+	ret = kw_check_call(addr);
 	for (i = 0; i < ARRAY_SIZE(kw_wanted) && !ret; i++)
 		ret = kw_resolve_one(&kw_wanted[i]);
 	if (ret)

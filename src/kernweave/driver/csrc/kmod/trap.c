@@ -50,6 +50,8 @@ static int kw_trap_init(struct kw_probe *probe, const struct kw_trap *t, struct 
 	chunk = &code->chunks[t->chunk];
 	if (t->off % 8 || t->off >= chunk->bytes)
 		return -E2BIG;
+	if (kw_is_endbr(t->addr)) /* the kernel would put it behind, on ftrace's nop */
+		return -EADDRNOTAVAIL;
 	probe->counter = (u64 __percpu *)((u8 __percpu *)chunk->mem + t->off);
 	probe->kp.addr = (kprobe_opcode_t *)t->addr;
 	probe->kp.pre_handler = kw_trap_hit;
