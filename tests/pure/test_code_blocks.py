@@ -9,6 +9,7 @@ import pytest
 from exec.asm import INT3, NOP, NOP5, RET, Item, Program, jcc, jmp, jmp_short, op, program
 from kernweave.analysis.code import Code, Part, build_code
 from kernweave.image.sites import Sites
+from kernweave.x86.decode import Trait
 
 ADDR = 0xFFFF_FFFF_8100_1000
 COLD = ADDR + 0x10_0000
@@ -67,6 +68,14 @@ def test_nops_before_a_target_are_left_out_and_no_room() -> None:
     assert code.addr.tolist() == [source.at[0], source.at[1], *source.at[4:]]
     assert code.room.tolist() == [6, 1, 3, 1]
     assert leaders(code) == [source.at[0], source.at[1], source.labels["out"]]
+
+
+@pytest.mark.parametrize("seal", ["660f1f00", "0f1f40d6"])
+def test_nop_in_the_place_of_endbr64_is_not_the_entry(seal: str) -> None:
+    source, code = build(bytes.fromhex(seal), MOVE, bytes.fromhex(seal), RET)
+    assert code.entries.tolist() == [1]
+    assert code.addr.tolist() == list(source.at)
+    assert [bool(trait & Trait.ENDBR) for trait in code.trait.tolist()] == [True, *3 * [False]]
 
 
 def test_nop_that_control_reaches_is_kept() -> None:

@@ -11,13 +11,18 @@ import numpy as np
 import numpy.typing as npt
 
 from kernweave.analysis.lookup import RowIndex
-from kernweave.image.sites import Sites, contains
+from kernweave.image.sites import Sites
 from kernweave.x86.decode import Decoded, Flow, Trait, decode
 
 Mask = npt.NDArray[np.bool_]
 _ENDS_FLOW = (Flow.JUMP, Flow.RETURN, Flow.INDIRECT_JUMP, Flow.LEAVE)
 _ENDS_BLOCK = (*_ENDS_FLOW, Flow.BRANCH)
-_ENDBR_BYTES = 4
+#: what the kernel writes over the endbr64 of functions whose address it takes nowhere: a nop that
+#: no compiler writes; that of 6.1 and 6.12, and that of 7.2
+#:
+#: References:
+#:     arch/x86/include/asm/ibt.h, gen_endbr_poison()
+_SEALS = (b"\x66\x0f\x1f\x00", b"\x0f\x1f\x40\xd6")
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +145,7 @@ def arrange(parts: Sequence[Part], columns: Decoded, sites: Sites) -> Code:
     first[1:] = part[1:] != part[:-1]
     keep = ~_padding(columns, targeted | _is_table_row(index, sites), first)
     leader = _leaders(columns, targeted | first, keep, index.mark(sites.jump_labels))
-    trait = columns.trait | np.where(_sealed(columns, first, sites), Trait.ENDBR, 0)
+    trait = columns.trait | np.where(_sealed(parts, part, first), Trait.ENDBR, 0)
     rows = np.flatnonzero(keep)
     return Code(
         parts=tuple(parts),
@@ -161,10 +166,12 @@ def arrange(parts: Sequence[Part], columns: Decoded, sites: Sites) -> Code:
     )
 
 
-def _sealed(columns: Decoded, first: Mask, sites: Sites) -> Mask:
+def _sealed(parts: Sequence[Part], part: npt.NDArray[np.int32], first: Mask) -> Mask:
     """The nop that stands for endbr64 in a function that is never called indirectly."""
-    nop = first & ((columns.trait & Trait.NOP) != 0) & (columns.length == _ENDBR_BYTES)
-    return np.asarray(nop & contains(sites.ftrace, columns.addr + np.uint64(_ENDBR_BYTES)))
+    begins = np.array([part.code.startswith(_SEALS) for part in parts], bool)
+    found = first.copy()
+    found[first] = begins[part[first]]
+    return found
 
 
 def _padding(columns: Decoded, targeted: Mask, first: Mask) -> Mask:
