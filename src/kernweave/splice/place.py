@@ -128,11 +128,12 @@ def movable(code: Code, sites: Sites, rules: Rules) -> Mask:
     """bool[n]: instructions that can run somewhere else, whoever asks.
 
     Only `call rel32` and calls through a register or memory can be displaced without the
-    trampoline's address on the stack; far calls cannot, and what means its own address.
+    trampoline's address on the stack; far calls cannot, and what means its own address. endbr64
+    stays, as indirect calls must find it.
     """
     rows = np.arange(len(code.addr))
     fixed = np.isin(code.flow, (Flow.LEAVE, Flow.TRAP, Flow.INVALID))
-    fixed |= (code.trait & (Trait.NEAR | Trait.INT3)) != 0
+    fixed |= (code.trait & (Trait.NEAR | Trait.INT3 | Trait.ENDBR)) != 0
     fixed |= contains(sites.ftrace, code.addr) | _behind_lfence(code)
     for row in np.flatnonzero(code.flow == Flow.INDIRECT_CALL).tolist():
         fixed[row] |= not can_relocate(code.raw(row))
@@ -205,10 +206,11 @@ def _is_nop5(code: Code, rows: Rows, sites: Sites) -> Mask:
 def _may_trap(code: Code, rows: Rows, sites: Sites) -> Mask:
     """Any instruction but those that leave for good, and ftrace's own sites.
 
-    Nor what keeps interrupts off behind it: after a trap it does so no longer.
+    Nor what keeps interrupts off behind it: after a trap it does so no longer. Nor endbr64: the
+    kernel puts such a trap behind it, where ftrace has its site.
     """
     leaves = np.isin(code.flow[rows], (Flow.LEAVE, Flow.INVALID))
-    leaves |= (code.trait[rows] & (Trait.INT3 | Trait.SHADOW)) != 0
+    leaves |= (code.trait[rows] & (Trait.INT3 | Trait.SHADOW | Trait.ENDBR)) != 0
     return np.asarray(~leaves & ~contains(sites.ftrace, code.addr[rows]))
 
 
