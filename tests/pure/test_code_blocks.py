@@ -14,6 +14,7 @@ from kernweave.x86.decode import Trait
 ADDR = 0xFFFF_FFFF_8100_1000
 COLD = ADDR + 0x10_0000
 MOVE = op("MOV_R64_RM64", "rax", "rbx")  # 3 bytes
+ENDBR = op("ENDBR64")
 LONG_NOP = op("NOP_RM32", "eax")  # 3 bytes
 
 
@@ -76,6 +77,15 @@ def test_nop_in_the_place_of_endbr64_is_not_the_entry(seal: str) -> None:
     assert code.entries.tolist() == [1]
     assert code.addr.tolist() == list(source.at)
     assert [bool(trait & Trait.ENDBR) for trait in code.trait.tolist()] == [True, *3 * [False]]
+
+
+def test_what_arrives_at_endbr_is_told_behind_it_unless_others_arrive_there() -> None:
+    _, code = build(ENDBR, MOVE, jcc("e", ADDR), RET)
+    assert code.past_endbr(np.arange(4)).tolist() == [1, 1, 2, 3]
+    _, code = build(ENDBR, "loop", MOVE, jcc("e", "loop"), RET)
+    assert code.past_endbr(np.arange(4)).tolist() == [0, 1, 2, 3]
+    _, code = build(ENDBR)
+    assert code.past_endbr(np.arange(1)).tolist() == [0]
 
 
 def test_nop_that_control_reaches_is_kept() -> None:

@@ -102,6 +102,21 @@ class Code:
             first = first + (((self.trait[row] & Trait.ENDBR) != 0) & (last > first))
         return np.where(last >= first, first, -1)
 
+    def past_endbr(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """int64[m]: rows that are passed as often as those given, behind an endbr64 if it is one.
+
+        Nothing can be put on an endbr64 in force; whoever arrives there comes to the next instruction, and
+        nobody else does, unless that begins a block.
+        """
+        behind = np.minimum(rows + 1, max(len(self.addr) - 1, 0))
+        same = (self.part[behind] == self.part[rows]) & ~self.leader[behind]
+        return np.where(same & self.in_force[rows], behind, rows)
+
+    @cached_property
+    def in_force(self) -> Mask:
+        """bool[n]: endbr64 that indirect calls must find; the nop of a sealed one is none."""
+        return np.asarray((self.trait & (Trait.ENDBR | Trait.NOP)) == Trait.ENDBR)
+
     @cached_property
     def is_c(self) -> Mask:
         """bool[n]: whether an instruction's function has an ftrace site."""

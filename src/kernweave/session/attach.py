@@ -99,7 +99,7 @@ def decide(resolved: Resolved, sites: Sites, rules: Rules, known: Known) -> Deci
         known: what the whole kernel tells of some functions.
     """
     code = resolved.code
-    rows, back = np.unique(resolved.rows, return_inverse=True)
+    rows, back = np.unique(resolved.counted, return_inverse=True)
     # a function's ftrace site tells by itself what is dead there, and no jump leads behind it
     alone = bool(contains(sites.ftrace, code.addr[rows]).all())
     if not alone:

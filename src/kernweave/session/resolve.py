@@ -43,6 +43,7 @@ class Resolved:
     Attributes:
         code: the functions concerned.
         rows: int64[m], row of each point, in the order asked for, each row and kind once.
+        counted: int64[m], row that counts each: its own, or the one behind its endbr64.
         kinds: uint8[m], what each is: its place in `Kind`.
         explicit: bool[m], named one by one, so that a refusal is an error.
         refused: points that are not in the code at all.
@@ -51,6 +52,7 @@ class Resolved:
 
     code: Code
     rows: npt.NDArray[np.int64]
+    counted: npt.NDArray[np.int64]
     kinds: npt.NDArray[np.uint8]
     explicit: npt.NDArray[np.bool_]
     refused: tuple[Refused, ...]
@@ -97,6 +99,7 @@ class Resolver:
         return Resolved(
             code,
             rows[kept],
+            code.past_endbr(rows[kept]),
             kinds[kept],
             explicit[kept],
             tuple(self._refused),

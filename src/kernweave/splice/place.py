@@ -133,7 +133,7 @@ def movable(code: Code, sites: Sites, rules: Rules) -> Mask:
     """
     rows = np.arange(len(code.addr))
     fixed = np.isin(code.flow, (Flow.LEAVE, Flow.TRAP, Flow.INVALID))
-    fixed |= (code.trait & (Trait.NEAR | Trait.INT3 | Trait.ENDBR)) != 0
+    fixed |= ((code.trait & (Trait.NEAR | Trait.INT3)) != 0) | code.in_force
     fixed |= contains(sites.ftrace, code.addr) | _behind_lfence(code)
     for row in np.flatnonzero(code.flow == Flow.INDIRECT_CALL).tolist():
         fixed[row] |= not can_relocate(code.raw(row))
