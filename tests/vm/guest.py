@@ -30,12 +30,14 @@ JUMPS = ("nop5", "jmp32")
 
 
 @contextmanager
-def booted(name: str, *, smp: int = 2, kernel_args: Sequence[str] = ()) -> Iterator[Lab]:
+def booted(
+    name: str, *, kernel: str = "6.1", smp: int = 2, kernel_args: Sequence[str] = ()
+) -> Iterator[Lab]:
     """A lab of this test process with the driver; its log is clean at the end."""
     wanted = os.environ.get("KERNWEAVE_VM")
     if wanted == "0":
         pytest.skip("KERNWEAVE_VM=0")
-    lab = Lab(f"{name}-{os.getpid()}", kernel="6.1")
+    lab = Lab(f"{name}-{os.getpid()}", kernel=kernel)
     try:
         try:
             kmod = driver_kmod(lab.series, print)
