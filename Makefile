@@ -17,7 +17,7 @@ help:
 	@echo 'make check    format, lint, types, layers, and the driver through sparse and checkpatch'
 	@echo 'make bench    all benchmarks, compared with the committed results'
 	@echo 'make stress   long tests: many probes, many sessions, kill -9'
-	@echo 'PYTHON=FILE names the interpreter for .venv; KERNELS="6.1 6.12" those the driver is checked for'
+	@echo 'PYTHON=FILE names the interpreter for .venv; KERNELS="6.1 7.2" those the driver is checked for'
 
 demo: .venv/stamp
 	@$(BIN)/python examples/demo.py
