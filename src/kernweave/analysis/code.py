@@ -105,8 +105,8 @@ class Code:
     def past_endbr(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """int64[m]: rows that are passed as often as those given, behind an endbr64 if it is one.
 
-        Nothing can be put on an endbr64 in force; whoever arrives there comes to the next instruction, and
-        nobody else does, unless that begins a block.
+        Nothing can be put on an endbr64 in force; whoever arrives there comes to the next
+        instruction, and nobody else does, unless that begins a block.
         """
         behind = np.minimum(rows + 1, max(len(self.addr) - 1, 0))
         same = (self.part[behind] == self.part[rows]) & ~self.leader[behind]
