@@ -8,7 +8,7 @@ SUITES  := $(wildcard tests/pure tests/exec tests/vm)
 BENCHES := $(filter-out bench/_%,$(wildcard bench/*.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench stress
+.PHONY: help demo test check bench stress stress-suite
 .PHONY: check-format check-lint check-types check-layers check-driver
 
 help:
@@ -16,7 +16,9 @@ help:
 	@echo 'make test     all tests; those that need a VM only where one can run (KERNWEAVE_VM=1: must)'
 	@echo 'make check    format, lint, types, layers, and the driver through sparse and checkpatch'
 	@echo 'make bench    all benchmarks, compared with the committed results'
-	@echo 'make stress   long tests: many probes, many sessions, kill -9'
+	@echo 'make stress   torture of every kernel in every boot mode, as far as it is not done yet;'
+	@echo '              KERNEL=6.1 MODE=full SEED=1 MINUTES=2, or some of them: that one at once'
+	@echo 'make stress-suite  the other long tests: many sessions, kill -9, poisoned registers'
 	@echo 'PYTHON=FILE names the interpreter for .venv; KERNELS="6.1 7.2" those the driver is checked for'
 
 demo: .venv/stamp
@@ -26,6 +28,10 @@ test: .venv/stamp
 	$(BIN)/pytest $(SUITES)
 
 stress: .venv/stamp
+	@PYTHONPATH=tests:tests/vm $(BIN)/python tests/stress/run_torture.py \
+		--kernel='$(KERNEL)' --mode='$(MODE)' --seed='$(SEED)' --minutes='$(MINUTES)'
+
+stress-suite: .venv/stamp
 	$(BIN)/pytest tests/stress
 
 bench: .venv/bench-stamp

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from kernweave.lab.apt import CODENAME, library_folders, series_apt, unpack
@@ -15,14 +16,16 @@ STRESSORS = {
 }  # fmt: skip
 
 
-def stress_ng(seconds: int) -> tuple[list[str], dict[str, str]]:
-    """The command for so many seconds of every stressor, results verified, and its environment."""
+def stress_ng(
+    seconds: int, names: Sequence[str] = tuple(STRESSORS)
+) -> tuple[list[str], dict[str, str]]:
+    """The command for so many seconds of some stressors, results verified, and its environment."""
     stamp = packages_dir() / "stress-ng.json"
     found = fetch_once(stamp, ("binary", "libs"), print, _download)
     libs = found["libs"]
     assert isinstance(libs, list)
     argv = [str(found["binary"]), "--verify", "--metrics-brief", "--temp-path", "/tmp"]
-    argv += [word for name, count in STRESSORS.items() for word in (f"--{name}", str(count))]
+    argv += [word for name in names for word in (f"--{name}", str(STRESSORS[name]))]
     argv += ["--vm-bytes", "32M", "--hdd-bytes", "8M", "--timeout", f"{seconds}s"]
     return argv, {"LD_LIBRARY_PATH": ":".join(libs), "PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
 
