@@ -32,7 +32,7 @@ def one_point(session: Session, point: str, runs: int) -> dict[str, Any]:
     parts: dict[str, list[float]] = defaultdict(list)
     for _ in range(runs):
         spent: dict[str, float] = defaultdict(float)
-        with _stopwatch(session.driver, spent):
+        with stopwatch(session.driver, spent):
             began = time.perf_counter()
             hits = session.count(point)
             attached = time.perf_counter()
@@ -57,7 +57,7 @@ def one_point(session: Session, point: str, runs: int) -> dict[str, Any]:
 
 
 @contextmanager
-def _stopwatch(driver: Driver, spent: dict[str, float]) -> Iterator[None]:
+def stopwatch(driver: Driver, spent: dict[str, float]) -> Iterator[None]:
     """Add the seconds of every request to `spent` while the context lasts."""
 
     def timed(name: str, request: Callable[..., Any]) -> Callable[..., Any]:

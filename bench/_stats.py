@@ -33,6 +33,22 @@ def estimate(values: Sequence[float], digits: int = 2) -> Estimate:
     )
 
 
+def ratio(ours: Sequence[float], theirs: Sequence[float], digits: int = 3) -> Estimate:
+    """Ratio of two medians and its 95% interval; the n-th values are of one round."""
+    data = np.array([ours, theirs], np.float64)
+    size = data.shape[1]
+    rows = np.random.default_rng(_SEED).integers(size, size=(_RESAMPLES, size))
+    medians = np.median(data[:, rows], axis=2)
+    low, high = np.percentile(medians[0] / medians[1], [2.5, 97.5])
+    whole = np.median(data, axis=1)
+    return Estimate(
+        round(float(whole[0] / whole[1]), digits),
+        round(float(low), digits),
+        round(float(high), digits),
+        size,
+    )
+
+
 def percentiles(values_s: Sequence[float]) -> dict[str, float]:
     """Milliseconds that half and 99 in 100 of some times in seconds do not exceed."""
     p50, p99 = np.percentile(np.asarray(values_s) * 1e3, [50, 99])
