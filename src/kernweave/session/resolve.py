@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -125,8 +126,9 @@ class Resolver:
         return []
 
     def _find_glob(self, spec: PointSpec) -> list[Named]:
+        repeated = self._repeated
         found = [
-            self._name(image, name, addr)
+            self._name(image, name, addr, plain=image.kmod is None and name not in repeated)
             for image in images_of(self._view.images, spec.kmod)
             for name, addr in image.match(spec.function)
         ]
@@ -142,10 +144,23 @@ class Resolver:
         image, addr = found
         return [self._name(image, spec.function, addr)]
 
-    def _name(self, image: Symbols, symbol: str, addr: int) -> Named:
+    @cached_property
+    def _repeated(self) -> frozenset[str]:
+        """Names of several functions: in points they need a number."""
+        seen: set[str] = set()
+        found: set[str] = set()
+        for image in self._view.images:
+            for name, addrs in image.by_name.items():
+                if len(addrs) > 1 or name in seen:
+                    found.add(name)
+                seen.add(name)
+        return frozenset(found)
+
+    def _name(self, image: Symbols, symbol: str, addr: int, plain: bool = False) -> Named:
+        """A function part; `plain`: its symbol is known to be its printed name."""
         bounds = image.bounds(addr)
         assert bounds is not None
-        printed = printed_name(self._view.images, image, symbol, addr)
+        printed = symbol if plain else printed_name(self._view.images, image, symbol, addr)
         return Named(image, symbol, printed, addr, bounds[1])
 
     def _refuse(self, spec: PointSpec, reason: Reason, detail: str) -> None:
