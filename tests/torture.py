@@ -37,6 +37,7 @@ OK = "ok"
 MOST_POINTS = 5000
 MOST_TRAPS = 100  # each takes the kernel 5 ms to arm
 MOST_ATTACHED = 3
+LEAST_ROUNDS = 5  # however long they take
 JUMPS = tuple(tactic.value for tactic in Tactic if tactic is not Tactic.INT3)
 _TRAP_SHARE = 1 / 6  # of the requests, which may then trap
 _HOT_SHARE = 1 / 2  # of the requests, which are drawn from what the load runs through
@@ -206,15 +207,18 @@ class Load:
         self.shifts: list[str] = []
         self.problems: list[str] = []
 
-    def running(self) -> bool:
+    def running(self, needed: bool = False) -> bool:
         """Take what it wrote, start the next shift; whether there is one.
+
+        Args:
+            needed: go on, even if time is up.
 
         Raises:
             TimeoutError: a shift should have ended long since.
         """
         if self._running:
             self._follow()
-        if not self._running and time.monotonic() < self._end:
+        if not self._running and (needed or time.monotonic() < self._end):
             self._start()
         return self._running
 
@@ -254,7 +258,7 @@ def play_rounds(
     """Attach and detach, several attachments side by side, as long as the load runs."""
     chance = draw.chance
     attached: list[Attachment] = []
-    while load.running():
+    while load.running(needed=tally.rounds < LEAST_ROUNDS):
         if attached and (len(attached) == MOST_ATTACHED or chance.random() < 0.5):
             _detach(attached.pop(int(chance.integers(len(attached)))), tally)
             continue
