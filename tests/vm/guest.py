@@ -70,8 +70,8 @@ def until(what: str, condition: Callable[[], object], limit_s: float = LONGEST_S
         time.sleep(0.01)
 
 
-def shell(link: Link, script: str) -> str:
-    """Standard output of a script that must succeed."""
+def shell(link: Link, script: str, *, fresh: bool = True) -> str:
+    """Standard output of a script that must succeed; not `fresh` spares it most of its time."""
     out, err = bytearray(), bytearray()
     done = link.run(
         ["sh", "-ec", script],
@@ -80,7 +80,7 @@ def shell(link: Link, script: str) -> str:
         stdout=out.extend,
         stderr=err.extend,
         timeout=LONGEST_S,
-        fresh=True,
+        fresh=fresh,
     )
     assert done.exit == 0, f"{script!r} ended with {done.exit}: {err.decode()}"
     return out.decode()

@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Tracers at the entry of a counted function: who came first, who leaves first, who counts what."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from guest import JUMPS, assert_exact, booted, program, read_text, target
+from others import ENTRY_USERS, Bpf, Other, Tracer
+
+import kernweave
+from kernweave.driver.link import Link
+from kernweave.errors import Reason, RefusedError
+from kernweave.lab.machine import Lab
+from kernweave.session.attachment import Attachment
+from kernweave.session.session import Session
+
+SUBJECT = "sched_rr_get_interval"  # called by one system call, and by nobody but the workload
+CALLS = 23
+
+
+@pytest.fixture(scope="module")
+def machine() -> Iterator[Lab]:
+    """One lab for all of these tests; its text and its log are what they were."""
+    with booted("coexist-tracers") as lab:
+        before = read_text(lab)
+        yield lab
+        assert_exact(lab)
+        assert not before.changed(read_text(lab))
+
+
+@pytest.fixture
+def lab(machine: Lab) -> Iterator[Lab]:
+    """The lab, whose log must stay clean."""
+    yield machine
+    assert not machine.trouble()
+
+
+@pytest.fixture
+def session(lab: Lab) -> Iterator[Session]:
+    with kernweave.connect(target(lab)) as made:
+        yield made
+
+
+@pytest.fixture
+def link(lab: Lab) -> Iterator[Link]:
+    """A second session, of somebody else."""
+    with lab.connect() as opened:
+        yield opened
+
+
+@pytest.fixture(params=ENTRY_USERS)
+def user(request: pytest.FixtureRequest, link: Link) -> Iterator[Other]:
+    """Somebody who counts the subject's calls."""
+    made = ENTRY_USERS[request.param](SUBJECT)
+    yield made
+    made.detach(link)
+
+
+@pytest.fixture(scope="module")
+def per_call(machine: Lab) -> dict[int, int]:
+    """Hits of each instruction of the subject per call, seen when nobody else was there."""
+    with kernweave.connect(target(machine)) as session:
+        with count_all(session) as hits:
+            call(session)
+        return {row.offset: row.hits // CALLS for row in hits.rows() if row.hits % CALLS == 0}
+
+
+def count_all(session: Session) -> Attachment:
+    return session.count(f"{SUBJECT}@insns", partial=True, tactics=JUMPS)
+
+
+def call(session: Session) -> None:
+    session.run([program("calls"), str(CALLS)], check=True)
+
+
+def assert_counts(hits: Attachment, per_call: dict[int, int], rounds: int) -> None:
+    """Every point behind the entry has counted all calls; nothing of it was lost or added."""
+    behind = [row for row in hits.rows() if row.offset]
+    assert len(behind) > 20
+    assert {row.tactic for row in behind} == {"jmp32"}
+    assert all(row.exact for row in behind)
+    expected = {row.offset: per_call[row.offset] * CALLS * rounds for row in behind}
+    assert {row.offset: row.hits for row in behind} == expected
+
+
+def reason_of_entry(hits: Attachment) -> Reason:
+    [reason] = [one.reason for one in hits.refused if one.point == f"{SUBJECT}+0x0"]
+    return reason
+
+
+def entry_of(hits: Attachment) -> tuple[int, bool]:
+    """Hits of the subject's entry, and whether they are exact."""
+    [row] = [row for row in hits.rows() if not row.offset]
+    return row.hits, row.exact
+
+
+# ---- one user of the entry ---------------------------------------------------------------------
+
+
+def test_body_counts_behind_a_user_of_the_entry_who_came_first(
+    session: Session, link: Link, user: Other, per_call: dict[int, int]
+) -> None:
+    user.attach(link)
+    with count_all(session) as hits:
+        assert reason_of_entry(hits) is Reason.BUSY_FTRACE
+        call(session)
+    assert_counts(hits, per_call, 1)
+    call(session)  # we are gone, they stay
+    with pytest.raises(RefusedError) as refused:
+        session.count(SUBJECT)
+    assert [reason for _, reason, _ in refused.value.refused] == [Reason.BUSY_FTRACE]
+    with count_all(session) as hits:
+        call(session)
+        assert user.hits(link) == 3 * CALLS
+        user.detach(link)
+        call(session)  # they are gone, we stay
+    assert_counts(hits, per_call, 2)
+    with count_all(session) as hits:
+        call(session)
+    assert entry_of(hits) == (CALLS, True)
+    assert hits.text_restored
+
+
+def test_user_who_comes_later_evicts_the_entry_and_nothing_else(
+    session: Session, link: Link, user: Other, per_call: dict[int, int]
+) -> None:
+    with count_all(session) as hits:
+        call(session)
+        user.attach(link)
+        call(session)
+        assert user.hits(link) == CALLS
+        user.detach(link)
+        call(session)  # they are gone, we stay
+    assert hits.evicted == 1
+    assert entry_of(hits) == (CALLS, False)
+    assert_counts(hits, per_call, 3)
+    assert hits.text_restored
+    with count_all(session) as hits:
+        user.attach(link)
+        call(session)
+    assert entry_of(hits) == (0, False)
+    assert_counts(hits, per_call, 1)
+    call(session)  # we are gone, they stay
+    assert user.hits(link) == 2 * CALLS
+    assert hits.text_restored
+
+
+# ---- several at once ---------------------------------------------------------------------------
+
+
+def test_users_who_come_one_after_the_other_all_count(
+    session: Session, link: Link, per_call: dict[int, int]
+) -> None:
+    users = [make(SUBJECT) for make in ENTRY_USERS.values()][1:]  # one tracer at a time
+    try:
+        with count_all(session) as hits:
+            for user in users:
+                user.attach(link)
+                call(session)
+            assert [user.hits(link) for user in users] == [
+                CALLS * rounds for rounds in range(len(users), 0, -1)
+            ]
+            for user in users:
+                user.detach(link)
+                call(session)
+        assert_counts(hits, per_call, 2 * len(users))
+        assert hits.text_restored
+    finally:
+        for user in users:
+            user.detach(link)
+
+
+def test_bpf_program_that_joins_another_at_the_entry_disturbs_no_count(
+    session: Session, link: Link, per_call: dict[int, int]
+) -> None:
+    first, second = Bpf(SUBJECT, "fentry"), Bpf(SUBJECT, "fexit")
+    try:
+        first.attach(link)
+        with count_all(session) as hits:
+            call(session)
+            second.attach(link)  # the kernel makes one trampoline for both
+            call(session)
+            first.detach(link)
+            call(session)
+            assert second.hits(link) == 2 * CALLS
+        assert_counts(hits, per_call, 3)
+    finally:
+        first.detach(link)
+        second.detach(link)
+
+
+@pytest.mark.parametrize("kind", ["function", "function_graph"])
+def test_tracer_of_many_functions_disturbs_no_count_behind_the_entry(
+    session: Session, link: Link, kind: str, per_call: dict[int, int]
+) -> None:
+    tracer = Tracer(SUBJECT, kind, filters="*sched*")
+    try:
+        with count_all(session) as hits:
+            tracer.attach(link)
+            call(session)
+            tracer.detach(link)
+            call(session)
+    finally:
+        tracer.detach(link)
+    assert_counts(hits, per_call, 2)
+    assert entry_of(hits) == (0, False)
+    assert hits.text_restored
