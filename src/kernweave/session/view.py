@@ -134,10 +134,7 @@ class KernelView:
         images = [self._table_spans, *(_kmod_spans(row) for row in kmods)]
         kprobes, placed = driver.kprobes(), driver.placed()
         self._in_use = kprobes.tobytes() + placed.tobytes()
-        self._patched = [
-            (int(row["addr"]), row["original"][: row["len"]].tobytes())
-            for row in (*kprobes, *placed)
-        ]
+        self._patched = _originals(kprobes, placed)
         records = driver.ftrace_records()["ip"].astype(np.uint64)
         ours = placed["addr"].astype(np.uint64)
         self._sites = read_sites(
@@ -211,6 +208,16 @@ def _kmod_symbols(kmod: np.void, table: Rows, strings: bytes) -> Symbols:
     sized = len(table) and (table["size"] > 0).all()
     last = int((table["value"] + table["size"]).max()) if sized else end
     return make_symbols(bytes(kmod["name"]).decode(), addrs, names, start, min(last, end))
+
+
+def _originals(kprobes: Rows, placed: Rows) -> list[tuple[int, bytes]]:
+    """(address, bytes) to put back, in that order.
+
+    What a kprobe may overwrite behind its own byte can hold another kprobe, or a site of ours.
+    """
+    pairs = [(int(row["addr"]), row["original"][: row["len"]].tobytes()) for row in kprobes]
+    sites = [(int(row["addr"]), row["original"][: row["len"]].tobytes()) for row in placed]
+    return [*pairs, *((addr, original[:1]) for addr, original in pairs), *sites]
 
 
 def _overlay(code: bytes, start: int, addr: int, original: bytes) -> bytes:

@@ -88,6 +88,27 @@ static bool kw_writes_text(struct kprobe *kp)
 	return !kprobe_ftrace(kp) && !kprobe_gone(kp);
 }
 
+#ifdef CONFIG_OPTPROBES
+/*
+ * Whether the kernel has made, or may make later, a jump of a kprobe: it decides
+ * when one is registered, and does it when one is enabled, when it is allowed to,
+ * or when what stood in the way has left.  It never asks whether the text behind
+ * the kprobe is still what it was.  One with a post handler is in the way.
+ */
+static bool kw_may_jump(struct kprobe *kp)
+{
+	struct optimized_kprobe *op = container_of(kp, struct optimized_kprobe, kp);
+	struct kprobe *each;
+
+	if (list_empty(&kp->list) || !op->optinsn.size) /* not the head of a list: no op */
+		return false;
+	list_for_each_entry(each, &kp->list, list)
+		if (!each->post_handler)
+			return true;
+	return false;
+}
+#endif
+
 static void kw_fill_kprobe(struct kw_patched *p, struct kprobe *kp)
 {
 	memset(p, 0, sizeof(*p));
@@ -96,7 +117,7 @@ static void kw_fill_kprobe(struct kw_patched *p, struct kprobe *kp)
 	p->len = 1;
 	p->owner = kw_is_trap(kp) ? KW_OURS : KW_OTHERS;
 #ifdef CONFIG_OPTPROBES
-	if (kprobe_optimized(kp)) { /* its jump may still be to come */
+	if (kw_may_jump(kp)) {
 		struct optimized_kprobe *op = container_of(kp, struct optimized_kprobe, kp);
 		const void *tail = kp->addr + INT3_INSN_SIZE;
 
