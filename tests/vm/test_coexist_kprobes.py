@@ -304,7 +304,6 @@ def test_kprobe_on_our_trap_before_or_after_us_counts_and_so_do_we(
     assert hits.text_restored
 
 
-@pytest.mark.xfail(strict=True, reason="the byte under a kprobe of others is not looked at")
 def test_trap_whose_place_somebody_else_still_traps_is_restored(
     session: Session, link: Link, subject: Subject
 ) -> None:
@@ -334,7 +333,6 @@ def test_our_trap_inside_an_optimised_kprobe_makes_it_trap_and_both_count(
         theirs.detach(link)
 
 
-@pytest.mark.xfail(strict=True, reason="nobody looks whether a trap is armed")
 def test_traps_that_the_administrator_disarms_are_not_exact(
     session: Session, link: Link, subject: Subject
 ) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from collections import Counter as Tally
 from dataclasses import dataclass
@@ -12,10 +13,12 @@ import numpy as np
 import numpy.typing as npt
 
 from kernweave.driver.client import Area, Chunk, Driver
-from kernweave.driver.uapi import State
+from kernweave.driver.uapi import Owner, State
+from kernweave.errors import DriverError
 from kernweave.model.plan import Plan, Point, Refused
 
 COUNT_SCHEMA = "kernweave.count/1"
+_INT3 = 0xCC
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +78,7 @@ class Attachment:
         self._hits: npt.NDArray[np.uint64] | None = None
         self._evicted = np.zeros(len(placed.plan.addr), bool)
         self._missed = np.zeros(len(placed.plan.addr), np.uint64)
+        self._disarmed = np.zeros(len(placed.plan.addr), bool)
         self.unrestored: tuple[int, ...] = ()
         self.text_restored = False
 
@@ -131,13 +135,16 @@ class Attachment:
         self._duration_ns = self.duration_ns
         driver, inside = self._driver, self._inside
         self._undo_jumps()
+        self._disarmed[self.plan.jumps :] = np.array(self._trap_bytes()) != _INT3
         missed = [driver.disarm(number) for number in inside.trap_sets]
         if missed:
             self._missed[self.plan.jumps :] = np.concatenate(missed)
         driver.quiesce()
         self._hits = self._read()
-        self.text_restored = not self.unrestored and self._traps_are_gone()
-        if not self.unrestored:
+        pinned = bool(self.unrestored)
+        self.unrestored += self._traps_left()
+        self.text_restored = not self.unrestored
+        if not pinned:
             driver.free(inside.area)
             if inside.txn is not None:
                 driver.forget(inside.txn)
@@ -151,14 +158,49 @@ class Attachment:
         jumps = self.plan.jumps
         self._evicted[:jumps] = (states == State.EVICTED)[self.plan.poke[:jumps]]
 
-    def _traps_are_gone(self) -> bool:
-        """Read the first byte of every trap again and compare."""
-        plan = self.plan
-        addrs = plan.addr[plan.jumps :]
+    def _traps_left(self) -> tuple[int, ...]:
+        """Read the first byte of every trap again and compare; those that are not native.
+
+        A kprobe of somebody else may be there: then the byte under it is compared.
+        """
+        jumps, plan = self.plan.jumps, self.plan
+        addrs, now = plan.addr[jumps:], self._trap_bytes()
         if not len(addrs):
-            return True
-        now = self._driver.read_ranges(addrs, addrs + np.uint64(1))
-        return now == plan.trapped
+            return ()
+        others = {
+            int(row["addr"]) + i: byte
+            for heads in (False, True)  # one may be where another's jump reaches to
+            for row in self._driver.kprobes()
+            for i, byte in enumerate(row["original"][: row["len"]].tolist())
+            if heads == (i == 0) and row["owner"] == Owner.OTHERS
+        }
+        native = np.array(
+            [others.get(addr, byte) for addr, byte in zip(addrs.tolist(), now, strict=True)]
+        )
+        left = (
+            (native != np.frombuffer(plan.trapped, np.uint8))
+            & ~self._disarmed[jumps:]
+            & (native >= 0)
+        )
+        return tuple(addrs[left].tolist())
+
+    def _trap_bytes(self) -> list[int]:
+        """The first byte of every trap, -1 where the text has gone with its kmod."""
+        addrs = self.plan.addr[self.plan.jumps :]
+        try:
+            return list(self._driver.read_ranges(addrs, addrs + np.uint64(1)))
+        except DriverError as error:
+            if error.errno != errno.EFAULT:
+                raise
+        return [self._byte_or_gone(addr) for addr in addrs.tolist()]
+
+    def _byte_or_gone(self, addr: int) -> int:
+        try:
+            return self._driver.read(addr, 1)[0]
+        except DriverError as error:
+            if error.errno != errno.EFAULT:
+                raise
+            return -1
 
     def _read(self) -> npt.NDArray[np.uint64]:
         """uint64[n]: hits per site, summed over all possible CPUs."""
@@ -181,12 +223,15 @@ class Attachment:
     def exact(self) -> npt.NDArray[np.bool_]:
         """bool[m]: whether each count is final and complete.
 
-        Once a trap has missed hits it is not: two CPUs that miss at once may count one miss,
-        because the kernel's own counter of them is shared (kprobes_inc_nmissed_count).
+        A trap that was not armed any more at detach is not: its kmod had gone, or the administrator
+        had disarmed all kprobes. Nor is one that has missed hits: two CPUs that miss at once may
+        count one miss, because the kernel's own counter of them is shared
+        (kprobes_inc_nmissed_count).
         """
         final = self._hits is not None
         site = self._inside.site
-        return np.asarray(final & ~self._evicted[site] & (self._missed[site] == 0))
+        whole = ~self._evicted[site] & ~self._disarmed[site] & (self._missed[site] == 0)
+        return np.asarray(final & whole)
 
     def rows(self) -> list[Count]:
         """One `Count` per placed point, in the order asked for."""
