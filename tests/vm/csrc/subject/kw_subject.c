@@ -1,0 +1,80 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+/*
+ * Functions of a kmod that are called once per write to a parameter: `work` runs them, `key` and
+ * `call` flip a static key and change a static call inside them.
+ */
+#include <linux/jump_label.h>
+#include <linux/module.h>
+#include <linux/static_call.h>
+
+static ulong plain, keyed, first, second; /* what was really called, seen from inside */
+module_param(plain, ulong, 0444);
+module_param(keyed, ulong, 0444);
+module_param(first, ulong, 0444);
+module_param(second, ulong, 0444);
+
+static DEFINE_STATIC_KEY_FALSE(kw_key);
+
+static void kw_first(void)
+{
+	first++;
+}
+
+static void kw_second(void)
+{
+	second++;
+}
+
+DEFINE_STATIC_CALL(kw_call, kw_first);
+
+noinline void kw_subject_work(ulong value);
+noinline void kw_subject_work(ulong value)
+{
+	WRITE_ONCE(plain, READ_ONCE(plain) + 0x1000001 * value);
+	if (static_branch_unlikely(&kw_key))
+		WRITE_ONCE(keyed, READ_ONCE(keyed) + 1);
+	static_call(kw_call)();
+	WRITE_ONCE(plain, READ_ONCE(plain) - 0x1000000 * value);
+}
+
+static int set_work(const char *text, const struct kernel_param *kp)
+{
+	kw_subject_work(1);
+	return 0;
+}
+
+static int set_key(const char *text, const struct kernel_param *kp)
+{
+	if (*text == '1')
+		static_branch_enable(&kw_key);
+	else
+		static_branch_disable(&kw_key);
+	return 0;
+}
+
+static int set_call(const char *text, const struct kernel_param *kp)
+{
+	static_call_update(kw_call, *text == '1' ? kw_second : kw_first);
+	return 0;
+}
+
+static const struct kernel_param_ops work_ops = { .set = set_work };
+static const struct kernel_param_ops key_ops = { .set = set_key };
+static const struct kernel_param_ops call_ops = { .set = set_call };
+module_param_cb(work, &work_ops, NULL, 0200);
+module_param_cb(key, &key_ops, NULL, 0200);
+module_param_cb(call, &call_ops, NULL, 0200);
+
+static int __init kw_subject_init(void)
+{
+	return 0;
+}
+
+static void __exit kw_subject_exit(void)
+{
+}
+
+module_init(kw_subject_init);
+module_exit(kw_subject_exit);
+MODULE_DESCRIPTION("kernweave: functions to put points in");
+MODULE_LICENSE("GPL");
