@@ -396,7 +396,6 @@ def test_kprobe_on_the_rest_of_a_displaced_instruction_is_refused_by_the_kernel(
 # ---- between reading and writing ---------------------------------------------------------------
 
 
-@pytest.mark.xfail(strict=True, reason="both looks at the kprobes miss it, what it wrote is read")
 def test_kprobe_that_comes_and_goes_while_text_is_read_is_noticed(
     session: Session, link: Link, subject: Subject
 ) -> None:

@@ -61,6 +61,7 @@ class KernelView:
         self._sites = Sites()
         self._patched: list[tuple[int, bytes]] = []
         self._in_use = b""
+        self._seen: list[tuple[Addrs, Addrs, list[bytes]]] = []
 
     @property
     def images(self) -> list[Symbols]:
@@ -128,6 +129,7 @@ class KernelView:
     def refresh(self) -> None:
         """Read again what changes: kmods, kprobes, ftrace, sites of kernweave."""
         driver = self.driver
+        self._seen.clear()
         kmods = driver.kmods()
         self._learn_kmods(kmods)
         self._images = [self._kernel, *(self._kmods[row.tobytes()] for row in kmods)]
@@ -147,8 +149,15 @@ class KernelView:
         )
 
     def is_current(self) -> bool:
-        """Whether nobody armed or removed a probe since `refresh`: then the text read is native."""
-        return self.driver.kprobes().tobytes() + self.driver.placed().tobytes() == self._in_use
+        """Whether nobody armed or removed a probe since `refresh`: then the text read is native.
+
+        A probe that came after the first look and left before the second is in neither; what it
+        wrote is in the text that was read between them, and is not there any more.
+        """
+        in_use = self.driver.kprobes().tobytes() + self.driver.placed().tobytes()
+        return in_use == self._in_use and all(
+            self._read_many(starts, ends) == parts for starts, ends, parts in self._seen
+        )
 
     def _loaded_ranges(self, kmods: Rows) -> list[Ranges]:
         """What kmods bring: denylist entries, static-call trampolines, and kernweave's own code."""
@@ -191,6 +200,7 @@ class KernelView:
         if not len(starts):
             return []
         parts = self._read_many(starts, ends)
+        self._seen.append((starts, ends, list(parts)))
         for addr, original in self._patched:
             hit = (starts < np.uint64(addr + len(original))) & (ends > np.uint64(addr))
             for row in np.flatnonzero(hit).tolist():
