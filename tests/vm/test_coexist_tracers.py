@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from guest import JUMPS, assert_exact, booted, program, read_text, target
-from others import ENTRY_USERS, Bpf, Other, Tracer
+from guest import JUMPS, TRACING, assert_exact, booted, program, read_text, target
+from others import ENTRY_USERS, Bpf, Kprobes, Other, Tracer, shell
 
 import kernweave
 from kernweave.driver.link import Link
@@ -145,6 +145,73 @@ def test_user_who_comes_later_evicts_the_entry_and_nothing_else(
     call(session)  # we are gone, they stay
     assert user.hits(link) == 2 * CALLS
     assert hits.text_restored
+
+
+def test_kprobe_that_was_registered_before_us_takes_the_entry_when_it_is_enabled(
+    session: Session, link: Link, per_call: dict[int, int]
+) -> None:
+    user = Kprobes(SUBJECT)
+    user.register(link)
+    try:
+        with count_all(session) as hits:
+            call(session)
+            user.enable(link)
+            call(session)
+            assert user.hits(link) == CALLS
+            user.enable(link, 0)
+            call(session)
+            assert user.hits(link) == CALLS
+    finally:
+        user.detach(link)
+    assert entry_of(hits) == (CALLS, False)
+    assert_counts(hits, per_call, 3)
+    assert hits.text_restored
+
+
+@pytest.mark.parametrize("kind", ["function", "function_graph"])
+def test_tracer_that_is_switched_off_for_a_while_takes_the_entry_when_it_is_on_again(
+    session: Session, link: Link, kind: str, per_call: dict[int, int]
+) -> None:
+    tracer, switch = Tracer(SUBJECT, kind), "/proc/sys/kernel/ftrace_enabled"
+    tracer.attach(link)
+    try:
+        shell(link, f"echo 0 > {switch}")
+        with count_all(session) as hits:
+            call(session)
+            shell(link, f"echo 1 > {switch}")
+            call(session)
+            assert tracer.hits(link) == CALLS
+            shell(link, f"echo 0 > {switch}")
+            call(session)
+        shell(link, f"echo 1 > {switch}")
+    finally:
+        shell(link, f"echo 1 > {switch}")
+        tracer.detach(link)
+    assert entry_of(hits) == (CALLS, False)
+    assert_counts(hits, per_call, 3)
+    assert hits.text_restored
+
+
+def test_stack_of_a_kprobe_in_a_callee_is_the_native_one(session: Session, link: Link) -> None:
+    callee = "get_rr_interval_fair"  # called by an instruction that is displaced
+    stacks = []
+    user = Kprobes(callee)
+    user.attach(link)
+    try:
+        shell(link, f"echo stacktrace > {TRACING}/events/kprobes/p_{callee}_0/trigger")
+        for points in ((f"{SUBJECT}@insns", "__x64_sys_sched_rr_get_interval@insns"), ()):
+            shell(link, f"echo > {TRACING}/trace")
+            if points:
+                with session.count(*points, partial=True, tactics=JUMPS):
+                    call(session)
+            else:
+                call(session)
+            stacks.append(shell(link, f"grep '^ => ' {TRACING}/trace").splitlines())
+        shell(link, f"echo '!stacktrace' > {TRACING}/events/kprobes/p_{callee}_0/trigger")
+    finally:
+        user.detach(link)
+    assert stacks[0] == stacks[1]
+    assert stacks[0].count(f" => {SUBJECT}") == CALLS
 
 
 # ---- several at once ---------------------------------------------------------------------------
