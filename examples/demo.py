@@ -128,10 +128,11 @@ def count(session: Session, oracle: Oracle) -> None:
     rows = hits.rows()
     chosen = telling(rows)
     width = max(len(row.point) for row in chosen)
-    print(f"      {'hits':>9}  {'point':{width}}  tactic  begins with")
+    wide = max(len("tactic"), *(len(row.tactic) for row in chosen))
+    print(f"      {'hits':>9}  {'point':{width}}  {'tactic':{wide}}  begins with")
     for row in chosen:
         text = begins_with(session, row)
-        print(f"      {row.hits:>9,}  {row.point:{width}}  {row.tactic:6}  {text}")
+        print(f"      {row.hits:>9,}  {row.point:{width}}  {row.tactic:{wide}}  {text}")
     print(f"      {'...':>9}  {len(rows) - len(chosen)} more, {len(hits.refused)} refused: "
           f"kernweave count --all '{POINT}'")  # fmt: skip
     equal = equal_to(counted, hits)
@@ -166,9 +167,8 @@ def equal_to(counted: Counts, hits: Attachment) -> int:
 def _way_back(hits: Attachment, row: int) -> int:
     """Address of the jump at the end of a nop's trampoline."""
     plan = hits.plan
-    start = (
-        int(plan.addr[row]) + 5 + int.from_bytes(bytes(plan.new[row][1:]), "little", signed=True)
-    )
+    jump = plan.pokes.new[int(plan.poke[row])]
+    start = int(plan.addr[row]) + 5 + int.from_bytes(jump[1:5], "little", signed=True)
     code = plan.code[start - plan.base :]
     ins = next(one for one in iced.Decoder(64, code, ip=start) if one.is_jmp_near)
     return int(ins.ip)

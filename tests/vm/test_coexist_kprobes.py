@@ -228,7 +228,6 @@ def test_kprobes_at_every_third_instruction_before_us_and_all_count(
     assert hits.text_restored
 
 
-@pytest.mark.xfail(strict=True, reason="a jmp32 in an ftrace nop never yields")
 def test_entry_under_a_jump_of_its_own_still_yields_to_ftrace(session: Session) -> None:
     # not tried with a kprobe there: ftrace would give up for good
     [site] = session.sites(f"{SUBJECT}+0x0", tactics=["jmp32"])
@@ -415,7 +414,6 @@ def test_kprobe_that_comes_and_goes_while_text_is_read_is_noticed(
     assert read == native or not view.is_current()
 
 
-@pytest.mark.xfail(strict=True, reason="commit looks for kprobes on what it writes, not before it")
 def test_kprobe_that_comes_before_the_commit_and_is_optimised_later_takes_no_count_away(
     session: Session, link: Link, subject: Subject
 ) -> None:

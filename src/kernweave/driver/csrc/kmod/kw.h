@@ -158,6 +158,7 @@ int kw_text_commit(struct kw_session *s, const struct kw_commit *req, const stru
 int kw_text_states(struct kw_session *s, const struct kw_size *req, struct kw_out *out);
 int kw_text_matches(const struct kw_poke *p, const u8 *bytes);
 bool kw_text_has_kprobe(const struct kw_poke *p);
+bool kw_may_jump(struct kprobe *kp);
 bool kw_is_short(const struct kw_poke *p);
 void kw_text_restore(struct kw_txn *t, u32 from, u32 to, bool shorts);
 void kw_text_give_back(struct kw_txn *t, u32 i);

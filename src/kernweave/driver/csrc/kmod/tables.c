@@ -88,15 +88,15 @@ static bool kw_writes_text(struct kprobe *kp)
 	return !kprobe_ftrace(kp) && !kprobe_gone(kp);
 }
 
-#ifdef CONFIG_OPTPROBES
 /*
  * Whether the kernel has made, or may make later, a jump of a kprobe: it decides
  * when one is registered, and does it when one is enabled, when it is allowed to,
  * or when what stood in the way has left.  It never asks whether the text behind
  * the kprobe is still what it was.  One with a post handler is in the way.
  */
-static bool kw_may_jump(struct kprobe *kp)
+bool kw_may_jump(struct kprobe *kp)
 {
+#ifdef CONFIG_OPTPROBES
 	struct optimized_kprobe *op = container_of(kp, struct optimized_kprobe, kp);
 	struct kprobe *each;
 
@@ -105,9 +105,9 @@ static bool kw_may_jump(struct kprobe *kp)
 	list_for_each_entry(each, &kp->list, list)
 		if (!each->post_handler)
 			return true;
+#endif
 	return false;
 }
-#endif
 
 static void kw_fill_kprobe(struct kw_patched *p, struct kprobe *kp)
 {

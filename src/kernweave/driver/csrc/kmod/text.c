@@ -105,6 +105,11 @@ bool kw_text_has_kprobe(const struct kw_poke *p)
 	u32 i;
 
 	lockdep_assert_held(kw_syms.kprobe_mutex);
+	for (i = 1; i < KW_JMP_LEN; i++) { /* its jump would reach to our first byte */
+		kp = kw_syms.get_kprobe((void *)(p->addr - i));
+		if (kp && !kprobe_ftrace(kp) && !kprobe_gone(kp) && kw_may_jump(kp))
+			return true;
+	}
 	for (i = 0; i < p->len; i++) {
 		kp = kw_syms.get_kprobe((void *)(p->addr + i));
 		if (kp && !kprobe_ftrace(kp) && !kprobe_gone(kp))
