@@ -22,9 +22,8 @@ from kernweave.driver import uapi
 from kernweave.driver.client import Area, Chunk, CommitError, Driver, Rows
 from kernweave.driver.uapi import Op, Owner, State
 from kernweave.errors import DriverError
-from kernweave.model.plan import Tactic
 from kernweave.session.attach import make_pokes
-from kernweave.splice.layout import COUNTER_BYTES, Displaced, Site, bind, draft
+from kernweave.splice.layout import COUNTER_BYTES, bind, draft, make_entries
 
 NOP5 = bytes.fromhex("0f1f440000")
 MANY = uapi.BATCH + 44  # pokes: more than one batch
@@ -102,11 +101,7 @@ def nop_sites(driver: Driver, count: int) -> npt.NDArray[np.uint64]:
 
 def make_splice(driver: Driver, count: int = 2, *, seal: bool = True) -> Splice:
     """Lay counters for some nops out and write them into an area."""
-    sites = [
-        Site(ip, NOP5, (Displaced(ip, NOP5),), Tactic.NOP5)
-        for ip in nop_sites(driver, count).tolist()
-    ]
-    rough = draft(sites)
+    rough = draft(make_entries(nop_sites(driver, count), np.zeros(count, np.uint32)), [])
     area = driver.area(rough.size)
     chunk = driver.percpu(area, COUNTER_BYTES * count)
     offsets = chunk.offset + COUNTER_BYTES * np.arange(count)

@@ -23,8 +23,17 @@ from kernweave.model.plan import Plan, Point, Pokes, Refused, Tactic
 from kernweave.session.attachment import Placed
 from kernweave.session.resolve import Resolved
 from kernweave.splice.board import Boards
-from kernweave.splice.layout import COUNTER_BYTES, Displaced, Site, add_traps, bind, draft
-from kernweave.splice.place import Placement, Rules, explain, place
+from kernweave.splice.layout import (
+    COUNTER_BYTES,
+    Displaced,
+    Entries,
+    Site,
+    add_traps,
+    bind,
+    draft,
+    make_entries,
+)
+from kernweave.splice.place import Placement, Rules, explain, jumps_in, place
 from kernweave.splice.window import SHORT_BYTES, SITE_BYTES
 from kernweave.x86.decode import ALL_MASK
 
@@ -101,7 +110,7 @@ def decide(resolved: Resolved, sites: Sites, rules: Rules, known: Known) -> Deci
     code = resolved.code
     rows, back = np.unique(resolved.counted, return_inverse=True)
     # a function's ftrace site tells by itself what is dead there, and no jump leads behind it
-    alone = bool(contains(sites.ftrace, code.addr[rows]).all())
+    alone = not jumps_in(rules.tactics) or bool(contains(sites.ftrace, code.addr[rows]).all())
     if not alone:
         code = replace(code, landing=code.landing | known.landing(code))
     placement = place(code, rows, sites, rules)
@@ -118,13 +127,17 @@ class Choice:
 
     Attributes:
         points: points that can be placed.
-        sites: what to change: jumps ascending by address, then traps ascending.
+        entries: nops of ftrace to change.
+        sites: what else to change, ascending by address.
+        traps: what is to trap, ascending by address.
         row: int64[m], row in the plan of each point: its instruction among those counted.
         refused: the others.
     """
 
     points: tuple[Point, ...]
+    entries: Entries
     sites: tuple[Site, ...]
+    traps: tuple[Site, ...]
     row: npt.NDArray[np.int64]
     refused: tuple[Refused, ...]
 
@@ -144,7 +157,9 @@ def choose(decision: Decision, sites: Sites, known: Known) -> Choice:
     made = _Maker(code, live, placement.rows[used], placement.tactic[used], placement.boards)
     return Choice(
         tuple(decision.resolved.point(i) for i in kept.tolist()),
+        made.entries,
         made.sites,
+        made.traps,
         made.row[np.searchsorted(used, decision.back[kept])],
         tuple(decision.all_refused()),
     )
@@ -154,7 +169,7 @@ class _Maker:
     """Makes sites of rows that are placed.
 
     Attributes:
-        sites: as in `Choice`.
+        entries, sites, traps: as in `Choice`.
         row: int64[u], row in the plan of each row given.
     """
 
@@ -166,15 +181,15 @@ class _Maker:
         tactic: npt.NDArray[np.object_],
         boards: Boards,
     ) -> None:
-        self._code, self._live = code, live.tolist()
-        self._counted = set(rows[tactic != Tactic.INT3].tolist())
+        self._code, self._live = code, live
         trapped = tactic == Tactic.INT3
-        alone = tactic == Tactic.NOP5
+        nops = tactic == Tactic.NOP5
+        self._counted = set(rows[~trapped & ~nops].tolist())
+        self.entries = make_entries(code.addr[rows[nops]], ALL_MASK & ~live[rows[nops]])
         windows, shorts = boards.windows, boards.shorts
         single = windows.end - windows.first == 1
         of_single = Tactic.GROUP if (tactic != Tactic.JMP32).all() else Tactic.JMP32
-        made = [self._site(row, row + 1, Tactic.NOP5) for row in rows[alone].tolist()]
-        made += [
+        made = [
             self._site(first, end, of_single if one else Tactic.GROUP)
             for first, end, one in zip(
                 windows.first.tolist(), windows.end.tolist(), single.tolist(), strict=True
@@ -186,10 +201,9 @@ class _Maker:
                 shorts.first.tolist(), shorts.end.tolist(), boards.addr.tolist(), strict=True
             )
         ]
-        made.sort(key=lambda site: site.addr)
         traps = [self._site(row, row + 1, Tactic.INT3) for row in rows[trapped].tolist()]
-        traps.sort(key=lambda site: site.addr)
-        self.sites = (*made, *traps)
+        self.sites = tuple(sorted(made, key=lambda site: site.addr))
+        self.traps = tuple(sorted(traps, key=lambda site: site.addr))
         order = np.lexsort((code.addr[rows], trapped))
         self.row = np.empty(len(rows), np.int64)
         self.row[order] = np.arange(len(rows))
@@ -203,7 +217,7 @@ class _Maker:
                 int(code.addr[row]),
                 code.raw(row),
                 row in self._counted,
-                ALL_MASK & ~self._live[row],
+                ALL_MASK & ~int(self._live[row]),
             )
             for row in range(first, end)
         )
@@ -220,13 +234,13 @@ def clobbering(choice: Choice, clobber: Clobber) -> Choice:
     def changed(insn: Displaced) -> Displaced:
         return replace(insn, clobber=clobber(insn.addr, insn.dead)) if insn.counted else insn
 
+    entries = choice.entries
+    places = zip(entries.addr.tolist(), entries.dead.tolist(), strict=True)
+    masks = np.array([clobber(addr, dead) for addr, dead in places], np.uint32)
     sites = tuple(
-        site
-        if site.tactic is Tactic.INT3
-        else replace(site, insns=tuple(changed(insn) for insn in site.insns))
-        for site in choice.sites
+        replace(site, insns=tuple(changed(insn) for insn in site.insns)) for site in choice.sites
     )
-    return replace(choice, sites=sites)
+    return replace(choice, entries=replace(entries, clobber=masks), sites=sites)
 
 
 def rules_for(flags: Fact, tactics: Sequence[Tactic]) -> Rules:
@@ -287,9 +301,8 @@ def commit(driver: Driver, choice: Choice, amend: Amend | None = None) -> Placed
         RefusedError: text changed since it was read.
         DriverError: no memory, or the driver refuses.
     """
-    jumps = [site for site in choice.sites if site.tactic is not Tactic.INT3]
-    traps = choice.sites[len(jumps) :]
-    layout = draft(jumps)
+    traps = choice.traps
+    layout = draft(choice.entries, choice.sites)
     area = driver.area(max(layout.size, 1))
     trap_sets: list[int] = []
     try:
@@ -304,7 +317,7 @@ def commit(driver: Driver, choice: Choice, amend: Amend | None = None) -> Placed
         if amend:
             plan = amend(plan)
         failed = _arm(driver, area, plan, chunks, trap_sets)
-        txn = _write(driver, area, plan) if jumps else None
+        txn = _write(driver, area, plan) if plan.jumps else None
     except CommitError as error:
         _drop(driver, area, trap_sets)
         raise _explain(error, choice, plan) from error

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -188,7 +188,7 @@ class Resolver:
         if not addrs:
             return []
         if len(addrs) > 1 or len(named.image.find(named.symbol)) > 1:
-            code = build_code([self._part(named, self._text([named])[0])], self._view.sites)
+            code = build_code(self._parts([named], {}), self._view.sites)
             addrs = [
                 addr
                 for addr in addrs
@@ -218,22 +218,20 @@ class Resolver:
         self._ftrace = set(self._view.sites.ftrace.tolist())
         parts = list({**self._entry, **self._full}.values())
         homes = {cold.start: start for start, colds in self._cold.items() for cold in colds}
-        texts = self._text(parts)
-        code = build_code(
-            [
-                self._part(named, text, homes.get(named.start))
-                for named, text in zip(parts, texts, strict=True)
-            ],
-            self._view.sites,
-        )
+        code = build_code(self._parts(parts, homes), self._view.sites)
         self._part_rows = {part.start: row for row, part in enumerate(code.parts)}
         return code
 
-    def _part(self, named: Named, text: bytes, home: int | None = None) -> Part:
-        group = named.start if home is None else home
-        near = np.array([group, group + _ENDBR_BYTES], np.uint64)
-        is_c = bool(contains(self._view.sites.ftrace, near).any())
-        return Part(named.printed, named.symbol, named.image.kmod, named.start, text, group, is_c)
+    def _parts(self, parts: Sequence[Named], homes: Mapping[int, int]) -> list[Part]:
+        """Parts with their text; `homes` has the function of each cold part."""
+        groups = np.array([homes.get(one.start, one.start) for one in parts], np.uint64)
+        sites = self._view.sites.ftrace
+        is_c = contains(sites, groups) | contains(sites, groups + np.uint64(_ENDBR_BYTES))
+        rows = zip(parts, self._text(parts), groups.tolist(), is_c.tolist(), strict=True)
+        return [
+            Part(one.printed, one.symbol, one.image.kmod, one.start, text, group, c)
+            for one, text, group, c in rows
+        ]
 
     # ---- points --------------------------------------------------------------------------------
 

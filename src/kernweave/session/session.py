@@ -320,7 +320,7 @@ class Session:
         choice = choose(decision, self._view.sites, self._analysis)
         if clobber:
             choice = clobbering(choice, clobber)
-        if not self._hooked and any(site.tactic is Tactic.NOP5 for site in choice.sites):
+        if not self._hooked and len(choice.entries.addr):
             self._hook_ftrace()
         with _undivided():
             placed = commit(self._driver, choice, amend)

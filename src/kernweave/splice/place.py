@@ -77,7 +77,7 @@ def place(code: Code, rows: Rows, sites: Sites, rules: Rules) -> Placement:
     tactics = np.full(len(rows), None, object)
     boards = no_boards(Windows(rows[:0], rows[:0]))
     wanted = rules.tactics
-    jumps = [one for one in _before(Tactic.INT3, wanted) if one in _JUMPS]
+    jumps = jumps_in(wanted)
     left = reasons == None  # noqa: E711
     if Tactic.NOP5 in wanted:
         tactics[left & _is_nop5(code, rows, sites)] = Tactic.NOP5
@@ -96,8 +96,10 @@ def place(code: Code, rows: Rows, sites: Sites, rules: Rules) -> Placement:
 _JUMPS = (Tactic.JMP32, Tactic.GROUP, Tactic.SPRINGBOARD)
 
 
-def _before(last: Tactic, tactics: tuple[Tactic, ...]) -> tuple[Tactic, ...]:
-    return tactics[: tactics.index(last)] if last in tactics else tactics
+def jumps_in(tactics: tuple[Tactic, ...]) -> list[Tactic]:
+    """Tactics that displace instructions, as far as they are tried before a trap."""
+    end = tactics.index(Tactic.INT3) if Tactic.INT3 in tactics else len(tactics)
+    return [one for one in tactics[:end] if one in _JUMPS]
 
 
 def _displace(

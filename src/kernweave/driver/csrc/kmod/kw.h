@@ -11,6 +11,8 @@
 
 #include "kw_uapi.h"
 
+#define KW_KPROBE_BUCKETS 64 /* KPROBE_TABLE_SIZE, private to kernel/kprobes.c */
+
 #define KW_INT3 0xcc
 #define KW_JMP_OPCODE 0xe9
 #define KW_JMP_LEN 5

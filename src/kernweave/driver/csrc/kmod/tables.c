@@ -129,8 +129,6 @@ static void kw_fill_kprobe(struct kw_patched *p, struct kprobe *kp)
 #endif
 }
 
-#define KW_KPROBE_BUCKETS 64 /* KPROBE_TABLE_SIZE, private to kernel/kprobes.c */
-
 int kw_kprobes(struct kw_out *out)
 {
 	struct kw_patched *p;

@@ -80,11 +80,18 @@ static void kw_write_rest(const struct kw_poke *p, const u8 *bytes)
 		kw_syms.poke((void *)(p->addr + head), bytes + head, p->len - head);
 }
 
+static bool kw_kprobes_exist; /* since kw_text_lock() */
+
 /* In the order of the kernel's own register_kprobe(). */
 void kw_text_lock(void)
 {
+	int i;
+
 	mutex_lock(kw_syms.kprobe_mutex);
 	mutex_lock(kw_syms.text_mutex);
+	kw_kprobes_exist = false;
+	for (i = 0; i < KW_KPROBE_BUCKETS; i++)
+		kw_kprobes_exist |= !hlist_empty(&kw_syms.kprobe_table[i]);
 }
 
 void kw_text_unlock(void)
@@ -105,6 +112,8 @@ bool kw_text_has_kprobe(const struct kw_poke *p)
 	u32 i;
 
 	lockdep_assert_held(kw_syms.kprobe_mutex);
+	if (!kw_kprobes_exist)
+		return false;
 	for (i = 1; i < KW_JMP_LEN; i++) { /* its jump would reach to our first byte */
 		kp = kw_syms.get_kprobe((void *)(p->addr - i));
 		if (kp && !kprobe_ftrace(kp) && !kprobe_gone(kp) && kw_may_jump(kp))
