@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from kernweave.errors import Reason
 from kernweave.image.btf import Btf
 from kernweave.image.btf_text import prototype
 from kernweave.model.plan import Point, Tactic
@@ -82,6 +83,13 @@ class Survey:
             yield SiteVerdict(
                 SITE_SCHEMA, one.point, *nowhere, None, one.reason.value, one.detail, None, None
             )
+
+    def of(self, word: Tactic | Reason) -> Iterator[SiteVerdict]:
+        """Verdicts with one tactic, or one reason, of points that exist."""
+        placement, back = self._decision.placement, self._decision.back
+        wanted = placement.tactic if isinstance(word, Tactic) else placement.reason
+        for i in np.flatnonzero((wanted == word)[back]).tolist():
+            yield self._verdict(i, int(back[i]), isinstance(word, Tactic))
 
     def tally(self) -> dict[str, int]:
         """Number of points per tactic and per reason, the most frequent first."""

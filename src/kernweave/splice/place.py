@@ -134,8 +134,8 @@ def movable(code: Code, sites: Sites, rules: Rules) -> Mask:
     stays, as indirect calls must find it.
     """
     rows = np.arange(len(code.addr))
-    fixed = np.isin(code.flow, (Flow.LEAVE, Flow.TRAP, Flow.INVALID))
-    fixed |= ((code.trait & (Trait.NEAR | Trait.INT3)) != 0) | code.in_force
+    fixed = np.isin(code.flow, (Flow.TRAP, Flow.INVALID))
+    fixed |= ((code.trait & Trait.NEAR) != 0) | code.in_force
     fixed |= contains(sites.ftrace, code.addr) | _behind_lfence(code)
     for row in np.flatnonzero(code.flow == Flow.INDIRECT_CALL).tolist():
         fixed[row] |= not can_relocate(code.raw(row))
@@ -168,7 +168,7 @@ def _refusals(code: Code, rows: Rows, sites: Sites, rules: Rules) -> list[tuple[
         (Reason.STI_SHADOW, _follows(code, rows, Trait.SHADOW)),
         (Reason.SWAPGS, _part_has(code, rows, Trait.SWAPGS)),
         (Reason.DENYLIST, _calls_behind_itself(code, rows)),
-        (Reason.NOT_BOUNDARY, flow == Flow.INVALID),
+        (Reason.NOT_BOUNDARY, (flow == Flow.INVALID) | ((trait & Trait.INT3) != 0)),
     ]
     if rules.locks_live:
         found.append((Reason.LOCK_PREFIX, (trait & Trait.LOCK) != 0))
@@ -212,7 +212,7 @@ def _may_trap(code: Code, rows: Rows, sites: Sites) -> Mask:
     kernel puts such a trap behind it, where ftrace has its site.
     """
     leaves = np.isin(code.flow[rows], (Flow.LEAVE, Flow.INVALID))
-    leaves |= (code.trait[rows] & (Trait.INT3 | Trait.SHADOW | Trait.ENDBR)) != 0
+    leaves |= (code.trait[rows] & (Trait.SHADOW | Trait.ENDBR)) != 0
     return np.asarray(~leaves & ~contains(sites.ftrace, code.addr[rows]))
 
 
