@@ -26,7 +26,7 @@ CSRC = Path(__file__).parent / "csrc"
 ENV = {"PATH": "/usr/bin:/bin", "LC_ALL": "C"}
 TRACING = "/sys/kernel/tracing"
 LONGEST_S = 60.0
-JUMPS = ("nop5", "jmp32")
+JUMPS = ("nop5", "jmp32", "group", "springboard")
 
 
 @contextmanager

@@ -110,7 +110,7 @@ class Subject:
 @pytest.fixture(scope="module")
 def subject(machine: Lab) -> Subject:
     with kernweave.connect(target(machine)) as session:
-        found = session.sites(f"{SUBJECT}@insns")
+        found = session.sites(f"{SUBJECT}@insns", tactics=("nop5", "jmp32", "int3"))
         sites = {site.offset: site for site in found if site.offset is not None}
         with session.count(f"{SUBJECT}@insns", tactics=(*JUMPS, "int3")) as hits:
             call(session)

@@ -325,7 +325,7 @@ def add_traps(plan: Plan, addrs: Sequence[int], first_bytes: bytes) -> Plan:
         tactic=plan.tactic + (Tactic.INT3,) * count,
         spills=plan.spills + ((),) * count,
         copy=np.append(plan.copy, np.zeros(count, np.uint64)),
-        counter=np.arange(len(plan.addr) + count, dtype=np.int32),
+        counter=np.append(plan.counter, np.arange(count, dtype=np.int32) + len(plan.addr)),
         poke=np.append(plan.poke, np.full(count, -1, np.int32)),
         trapped=first_bytes,
     )
