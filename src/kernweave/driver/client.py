@@ -32,6 +32,7 @@ class Facts:
         text_start: run-time address of `_stext`.
         text_end: run-time address of `_etext`, exclusive.
         yield_addr: function to call before ftrace changes text.
+        kprobe_yield_addr: the same before a kprobe is put at its argument.
         pinned: sites of earlier sessions that wait for somebody else to leave.
         flags: what the brain must respect.
         cpus: possible CPUs, rows of `Driver.counters`.
@@ -43,6 +44,7 @@ class Facts:
     text_start: int
     text_end: int
     yield_addr: int
+    kprobe_yield_addr: int
     pinned: int
     flags: Fact
     cpus: int
@@ -131,6 +133,7 @@ class Driver:
             text_start=int(row["text_start"]),
             text_end=int(row["text_end"]),
             yield_addr=int(row["yield"]),
+            kprobe_yield_addr=int(row["kprobe_yield"]),
             pinned=int(row["pinned"]),
             flags=Fact(int(row["flags"])),
             cpus=int(row["cpus"]),

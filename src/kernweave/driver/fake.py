@@ -7,7 +7,7 @@ The same contract tests run against it and against the real driver.  Each class 
     FakeKernel    csrc/kmod/facts.c   facts, names, memory
                   csrc/kmod/tables.c  the kernel's tables, as rows given by the test
                   csrc/kmod/undo.c    sites that wait for somebody else, in `retry_pinned`
-                  csrc/kmod/ftrace.c  sites given back, in `yield_to_ftrace`
+                  csrc/kmod/yield.c   sites given back, in `yield_to_ftrace`
     fake_area.py  csrc/kmod/area.c    areas, per-CPU chunks, quiescence
     fake_trap.py  csrc/kmod/trap.c    counters behind kprobes
     fake_text.py  csrc/kmod/text.c    transactions; and their undo, csrc/kmod/undo.c
@@ -146,6 +146,7 @@ class FakeKernel:
             text_start=self.text_range[0],
             text_end=self.text_range[1],
             **{"yield": self.text_range[0]},
+            kprobe_yield=self.text_range[0],
             pinned=self.pinned_sites(),
             flags=self.flags,
             cpus=self.cpus,

@@ -103,6 +103,7 @@ FACTS = np.dtype(
         ("text_start", "<u8"),
         ("text_end", "<u8"),
         ("yield", "<u8"),
+        ("kprobe_yield", "<u8"),
         ("pinned", "<u8"),
         ("flags", "<u4"),
         ("cpus", "<u4"),

@@ -16,12 +16,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-import numpy as np
-
-from kernweave.analysis.code import Part, build_code
 from kernweave.driver.client import BusyError, Driver
 from kernweave.driver.records import ExitStatus
-from kernweave.driver.uapi import Fact
 from kernweave.errors import DriverError, KernweaveError, UsageError
 from kernweave.lab.cache import cache_dir
 from kernweave.model.plan import Tactic
@@ -36,10 +32,10 @@ from kernweave.session.attach import (
     clobbering,
     commit,
     decide,
-    make_pokes,
     rules_for,
 )
 from kernweave.session.attachment import Attachment
+from kernweave.session.hooks import Hooks
 from kernweave.session.listing import InsnInfo, Listing
 from kernweave.session.query import open_database
 from kernweave.session.resolve import Resolver
@@ -53,11 +49,9 @@ from kernweave.session.survey import (
 from kernweave.session.tables import FunctionTable, Kernel, Table
 from kernweave.session.target import AnyLink, open_link
 from kernweave.session.view import KernelView
-from kernweave.splice.hook import bind_hook, hook_row, hook_size
 
 Sink = Callable[[bytes], None]
 
-_FTRACE_UPDATE = "ftrace_replace_code"
 _GRACE_S = 5.0
 _TRIES = 5
 _LEAVING_S = 15.0
@@ -106,12 +100,12 @@ class Session:
         self.target = f"{target}:6.1" if target == "lab" else target
         self._link = open_link(target, progress)
         self._attachments: list[Attachment] = []
-        self._hooked = False
         self._fresh = True
         self._tables: Kernel | None = None
         try:
             self._driver = _open_driver(self._link, writer)
             self._view = KernelView(self._driver, cache_dir())
+            self._hooks = Hooks(self._driver, self._view)
             self._analysis = Analysis(self._view, cache_dir(), progress)
         except BaseException:
             self._link.close()
@@ -320,8 +314,10 @@ class Session:
         choice = choose(decision, self._view.sites, self._analysis)
         if clobber:
             choice = clobbering(choice, clobber)
-        if not self._hooked and len(choice.entries.addr):
-            self._hook_ftrace()
+        if len(choice.entries.addr):
+            self._hooks.yield_to_ftrace()
+        if any(len(site.insns) > 1 for site in choice.sites):
+            self._hooks.yield_to_kprobes()
         with _undivided():
             placed = commit(self._driver, choice, amend)
             attachment = Attachment(self._driver, placed, choice.refused)
@@ -336,35 +332,8 @@ class Session:
                 raise UsageError(
                     f"no tactic {name!r}", help=f"use {', '.join(known)}, separated by commas"
                 )
-        can_yield = self._hooked or self._hook_site() is not None
+        can_yield = self._hooks.can_yield_to_ftrace()
         return [known[name] for name in wanted if can_yield or known[name] is not Tactic.NOP5]
-
-    def _hook_site(self) -> tuple[Part, int] | None:
-        """Where ftrace is about to change text, if the driver can yield there."""
-        facts, view = self._driver.facts, self._view
-        found = view.images[0].find(_FTRACE_UPDATE)
-        if not facts.flags & Fact.FTRACE_YIELD or len(found) != 1:
-            return None
-        bounds = view.images[0].bounds(found[0])
-        assert bounds is not None
-        start, end = (np.array([addr], np.uint64) for addr in bounds)
-        text = view.read_text(start, end)[0]
-        part = Part(_FTRACE_UPDATE, _FTRACE_UPDATE, None, bounds[0], text, bounds[0], False)
-        row = hook_row(build_code([part], view.sites), 0, view.sites)
-        return (part, row) if row >= 0 else None
-
-    def _hook_ftrace(self) -> None:
-        """Splice the driver's yield into ftrace's update, before any nop of ftrace is used."""
-        site = self._hook_site()
-        assert site is not None, "the nop5 tactic is offered only with a hook"
-        part, row = site
-        code = build_code([part], self._view.sites)
-        area = self._driver.area(hook_size(code, row))
-        body, pokes = bind_hook(code, row, self._driver.facts.yield_addr, area.addr)
-        self._driver.write(area, 0, body)
-        self._driver.seal(area)
-        self._driver.commit(area, make_pokes(pokes))
-        self._hooked = True
 
     # ---- commands ------------------------------------------------------------------------------
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A splice that calls a C function of the driver: how kernweave yields to ftrace.
+"""A splice that calls a C function of the driver: how kernweave yields to ftrace and kprobes.
 
     push %rax .. %r11; pushfq
     call target
@@ -21,6 +21,7 @@ from kernweave.analysis.code import Code
 from kernweave.image.sites import Sites
 from kernweave.model.plan import Pokes, Tactic
 from kernweave.splice.place import Rules, place
+from kernweave.x86.decode import Flow
 from kernweave.x86.relocate import JUMP_BYTES, encode_jump, relocate_insn, way_back
 
 #: rax, rcx, rdx, rsi, rdi, r8 .. r11, then the flags
@@ -36,6 +37,13 @@ def hook_row(code: Code, part: int, sites: Sites) -> int:
     placement = place(code, entry, sites, Rules(tactics=(Tactic.JMP32,)))
     fits = [row for row, tactic in zip(entry, placement.tactic, strict=True) if tactic]
     return int(fits[0]) if fits else -1
+
+
+def call_row(code: Code, callee: int, sites: Sites) -> int:
+    """The call of a function, at which its arguments are known; -1: none that can be displaced."""
+    rows = np.flatnonzero((code.flow == Flow.CALL) & (code.target == np.uint64(callee)))
+    placement = place(code, rows, sites, Rules(tactics=(Tactic.JMP32,)))
+    return int(rows[0]) if len(rows) == 1 and placement.tactic[0] else -1
 
 
 def hook_size(code: Code, row: int) -> int:

@@ -73,6 +73,8 @@ def place(code: Code, rows: Rows, sites: Sites, rules: Rules) -> Placement:
     """
     reasons = np.full(len(rows), None, object)
     for reason, hit in _refusals(code, rows, sites, rules):
+        if reason in _IN_USE:  # one trap more does no harm where only a trap fits
+            hit &= code.room[rows] >= SITE_BYTES
         reasons[hit & (reasons == None)] = reason  # noqa: E711  (elementwise)
     tactics = np.full(len(rows), None, object)
     boards = no_boards(Windows(rows[:0], rows[:0]))
@@ -90,9 +92,14 @@ def place(code: Code, rows: Rows, sites: Sites, rules: Rules) -> Placement:
         tactics[left & _may_trap(code, rows, sites)] = Tactic.INT3
         left &= tactics == None  # noqa: E711
     reasons[left] = Reason.TOO_SHORT
+    for reason, hit in _refusals(code, rows, sites, rules):
+        if reason in _IN_USE:
+            reasons[left & hit] = reason
     return Placement(rows, tactics, reasons, boards)
 
 
+#: by a kprobe of somebody else, or by kernweave itself
+_IN_USE = (Reason.BUSY_KPROBE, Reason.BUSY_PLAN)
 _JUMPS = (Tactic.JMP32, Tactic.GROUP, Tactic.SPRINGBOARD)
 
 

@@ -56,7 +56,7 @@ void kw_quiesce(void)
 	mutex_lock(&kw_lock);
 	upto = kw_stamp++;
 	mutex_unlock(&kw_lock);
-	kw_ftrace_drain();
+	kw_yield_drain();
 	kw_pass_idle_tasks();
 	mutex_lock(&kw_lock);
 	kw_quiesced = max(kw_quiesced, upto);

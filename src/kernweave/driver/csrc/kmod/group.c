@@ -37,7 +37,7 @@ struct kw_poke *kw_poke_at(struct kw_txn *t, u64 addr)
 NOKPROBE_SYMBOL(kw_poke_at);
 
 /* The poke whose bytes hold addr. */
-static struct kw_poke *kw_poke_around(struct kw_txn *t, u64 addr)
+struct kw_poke *kw_poke_around(struct kw_txn *t, u64 addr)
 {
 	u32 lo = 0, hi = t->count;
 

@@ -160,6 +160,7 @@ int kw_text_commit(struct kw_session *s, const struct kw_commit *req, const stru
 int kw_text_states(struct kw_session *s, const struct kw_size *req, struct kw_out *out);
 int kw_text_matches(const struct kw_poke *p, const u8 *bytes);
 bool kw_text_has_kprobe(const struct kw_poke *p);
+void kw_look_for_kprobes(void);
 bool kw_may_jump(struct kprobe *kp);
 bool kw_is_short(const struct kw_poke *p);
 void kw_text_restore(struct kw_txn *t, u32 from, u32 to, bool shorts);
@@ -170,6 +171,7 @@ void kw_text_unlock(void);
 
 int kw_check_jumps(struct kw_txn *t, u32 *bad);
 struct kw_poke *kw_poke_at(struct kw_txn *t, u64 addr);
+struct kw_poke *kw_poke_around(struct kw_txn *t, u64 addr);
 
 int kw_group_init(void);
 void kw_group_exit(void);
@@ -192,6 +194,7 @@ void kw_traps_exit(void);
 bool kw_is_trap(const struct kprobe *kp);
 
 void kw_ftrace_yield(void);
-void kw_ftrace_drain(void);
+void kw_kprobe_yield(unsigned long addr);
+void kw_yield_drain(void);
 
 #endif

@@ -94,6 +94,7 @@ struct kw_facts {
 	__u64 text_start;   /* _stext */
 	__u64 text_end;     /* _etext */
 	__u64 yield;        /* address to be called before ftrace changes text */
+	__u64 kprobe_yield; /* the same before a kprobe is put at its argument */
 	__u64 pinned;       /* sites that could not be restored yet */
 	__u32 flags;
 	__u32 cpus;         /* possible CPUs = rows of KW_OP_COUNTERS */
@@ -189,7 +190,7 @@ struct kw_trap {
 enum kw_state {
 	KW_WAITING = 0,  /* not written yet */
 	KW_PLACED = 1,   /* new bytes are in the text */
-	KW_EVICTED = 2,  /* given back because ftrace wanted the site */
+	KW_EVICTED = 2,  /* given back because ftrace or a kprobe wanted the site */
 	KW_RESTORED = 3, /* old bytes written, read again and compared */
 	KW_STUCK = 4,    /* somebody else's bytes are there: pinned until they leave */
 	KW_ARMED = 5,    /* int3 is on the first byte: waiting until nobody is behind it */

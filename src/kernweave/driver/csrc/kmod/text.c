@@ -80,18 +80,24 @@ static void kw_write_rest(const struct kw_poke *p, const u8 *bytes)
 		kw_syms.poke((void *)(p->addr + head), bytes + head, p->len - head);
 }
 
-static bool kw_kprobes_exist; /* since kw_text_lock() */
+static bool kw_kprobes_exist; /* at all, since kprobe_mutex was taken */
+
+void kw_look_for_kprobes(void)
+{
+	int i;
+
+	lockdep_assert_held(kw_syms.kprobe_mutex);
+	kw_kprobes_exist = false;
+	for (i = 0; i < KW_KPROBE_BUCKETS; i++)
+		kw_kprobes_exist |= !hlist_empty(&kw_syms.kprobe_table[i]);
+}
 
 /* In the order of the kernel's own register_kprobe(). */
 void kw_text_lock(void)
 {
-	int i;
-
 	mutex_lock(kw_syms.kprobe_mutex);
 	mutex_lock(kw_syms.text_mutex);
-	kw_kprobes_exist = false;
-	for (i = 0; i < KW_KPROBE_BUCKETS; i++)
-		kw_kprobes_exist |= !hlist_empty(&kw_syms.kprobe_table[i]);
+	kw_look_for_kprobes();
 }
 
 void kw_text_unlock(void)
@@ -190,7 +196,7 @@ static bool kw_is_as_before(struct kw_txn *t, u32 i)
 
 static bool kw_in_pass(const struct kw_txn *t, u32 i, bool shorts)
 {
-	return kw_is_short(&t->pokes[i]) == shorts;
+	return kw_is_short(&t->pokes[i]) == shorts && t->states[i] != KW_EVICTED;
 }
 
 static int kw_poke_batch(struct kw_txn *t, u32 from, u32 to, bool shorts, u32 *bad)
@@ -282,13 +288,17 @@ void kw_text_restore(struct kw_txn *t, u32 from, u32 to, bool shorts)
 			t->states[i] = KW_STUCK;
 }
 
-/* Queue the old bytes of one site for ftrace, which holds text_mutex. */
+/* Queue the old bytes of one site for somebody else, who holds text_mutex. */
 void kw_text_give_back(struct kw_txn *t, u32 i)
 {
 	const struct kw_poke *p = &t->pokes[i];
 
 	lockdep_assert_held(kw_syms.text_mutex);
-	if (!kw_text_matches(p, p->new_))
+	if (t->states[i] == KW_ARMED) {
+		kw_syms.poke((void *)p->addr, p->old, 1);
+		t->states[i] = KW_EVICTED;
+	}
+	if (t->states[i] != KW_PLACED || !kw_text_matches(p, p->new_))
 		return;
 	kw_write_rest(p, p->old);
 	kw_queue(p, p->old);

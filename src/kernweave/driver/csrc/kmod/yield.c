@@ -1,11 +1,15 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /*
- * Yield to ftrace: give nop sites back before ftrace verifies them.
+ * Yield to ftrace and to kprobes: give sites back before they look at the text.
  *
  * The brain splices a call to kw_ftrace_yield() into ftrace_replace_code(),
  * where text_mutex and ftrace_lock are held.  ftrace expects its own nop at a
  * record it is about to enable; a jump there would be an ftrace bug, which
  * turns ftrace off for good.
+ *
+ * It splices a call to kw_kprobe_yield() into arch_prepare_kprobe() as well, where
+ * kprobe_mutex and text_mutex are held.  The kernel lets a kprobe be put only
+ * where an instruction begins, and would find none inside of what a jump replaced.
  */
 #include <linux/ftrace.h>
 #include <linux/wait.h>
@@ -25,15 +29,32 @@ static void kw_evict(u64 addr)
 {
 	struct kw_txn *t;
 	struct kw_poke *p;
-	u32 i;
 
 	list_for_each_entry(t, &kw_txns, global) {
 		p = kw_poke_at(t, addr);
-		i = p ? p - t->pokes : 0;
-		if (!p || t->states[i] != KW_PLACED)
+		if (!p || t->states[p - t->pokes] != KW_PLACED)
 			continue;
-		kw_text_give_back(t, i);
+		kw_text_give_back(t, p - t->pokes);
 		return;
+	}
+}
+
+/*
+ * Groups only: a kprobe on the jump of a single instruction is no harm.  One with
+ * springboards stays, as somebody may be on one, and so does one whose jump a
+ * kprobe has already copied: then the kernel refuses the new kprobe.
+ */
+static void kw_evict_around(u64 addr)
+{
+	struct kw_txn *t;
+	struct kw_poke *p;
+
+	list_for_each_entry(t, &kw_txns, global) {
+		p = kw_poke_around(t, addr);
+		if (!p || !(p->flags & KW_POKE_GROUP) || p->flags & KW_POKE_HOST)
+			continue;
+		if (!kw_text_has_kprobe(p))
+			kw_text_give_back(t, p - t->pokes);
 	}
 }
 
@@ -60,12 +81,24 @@ void kw_ftrace_yield(void)
 		wake_up(&kw_left);
 }
 
+/* Called in the same way with the address at which a kprobe is going to be put. */
+void kw_kprobe_yield(unsigned long addr)
+{
+	atomic_inc(&kw_inside);
+	atomic_inc(&kw_entered);
+	kw_look_for_kprobes();
+	kw_evict_around(addr);
+	kw_text_flush();
+	if (atomic_dec_and_test(&kw_inside))
+		wake_up(&kw_left);
+}
+
 /*
  * Wait until every task has left every unreachable trampoline.  A grace period
- * is not enough for one that slept in kw_ftrace_yield() meanwhile: it still has
+ * is not enough for one that slept in a yield meanwhile: it still has
  * the end of its trampoline before it.
  */
-void kw_ftrace_drain(void)
+void kw_yield_drain(void)
 {
 	int before;
 
