@@ -68,6 +68,7 @@ def oracle_lab(
     kernel_args: Sequence[str] = (),
     cflags: tuple[str, ...] = (),
     options: Sequence[str] = (),
+    series: str = SERIES,
 ) -> Iterator[OracleLab]:
     """Boot a lab under the oracle; or skip as KERNWEAVE_VM says.
 
@@ -77,15 +78,16 @@ def oracle_lab(
         kernel_args: added to the kernel's command line.
         cflags: for the driver: faults to be seeded.
         options: of the plug-in.
+        series: of the kernel.
     """
     wanted = os.environ.get("KERNWEAVE_VM")
     if wanted == "0":
         pytest.skip("KERNWEAVE_VM=0")
-    machine = Lab(f"oracle-{os.getpid()}-{name}", kernel=SERIES)
+    machine = Lab(f"oracle-{os.getpid()}-{name}", kernel=series)
     try:
         try:
             fetch_qemu(print)
-            kmod = driver_kmod(SERIES, print, cflags)
+            kmod = driver_kmod(series, print, cflags)
         except UnsupportedError as error:
             if wanted == "1":
                 raise
