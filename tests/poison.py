@@ -25,7 +25,7 @@ GLOBS = (
     "*dentry*", "*file*", "*mount*", "radix_*", "xa*", "mas_*", "rb_*", "*list*", "*lock*",
 )  # fmt: skip
 ENOUGH = 20_000
-TACTICS = ("nop5", "jmp32")
+TACTICS = ("nop5", "jmp32", "group", "springboard")
 
 Clobber = Callable[[int, int], int]
 

@@ -39,6 +39,7 @@ MOST_TRAPS = 100  # each takes the kernel 5 ms to arm
 MOST_ATTACHED = 3
 LEAST_ROUNDS = 5  # however long they take
 JUMPS = tuple(tactic.value for tactic in Tactic if tactic is not Tactic.INT3)
+TRAPS = (Tactic.NOP5.value, Tactic.JMP32.value, Tactic.INT3.value)
 _TRAP_SHARE = 1 / 6  # of the requests, which may then trap
 _HOT_SHARE = 1 / 2  # of the requests, which are drawn from what the load runs through
 _STRESSORS = 3  # at a time
@@ -174,7 +175,7 @@ class Draw:
         rows = np.unique(pool[chance.integers(len(pool), size=count)])
         functions, offs = places.function[rows].tolist(), places.off[rows].tolist()
         points = (f"{places.names[row]}+{off:#x}" for row, off in zip(functions, offs, strict=True))
-        return Request(tuple(points), None if traps else JUMPS)
+        return Request(tuple(points), TRAPS if traps else JUMPS)
 
 
 # ---- rounds ------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ Fault = Callable[[Plan], Plan]
 Hits = dict[tuple[int, Kind], int]
 
 _MASK = (1 << 64) - 1
-_NO_WAY_ON = (x86.X86_INS_JMP, x86.X86_INS_RET)
+_NO_WAY_ON = (x86.X86_INS_JMP, x86.X86_INS_RET, x86.X86_INS_IRETQ)
 
 
 @dataclass(frozen=True)
@@ -164,12 +164,12 @@ class _Witness:
             here, behind = disassemble(self._native[row], addr)[:2]
             if plan.tactic[row] is Tactic.NOP5:
                 start = _trampoline(plan, int(plan.poke[row]))
-                copy = _way_back(live[start - plan.base :], start)
+                copy = _way_back(_at(live, start - plan.base, 64), start)
             else:
                 copy = int(plan.copy[row])
             found[addr] = Site(
                 addr, plan.tactic[row], bytes(here.bytes), bytes(behind.bytes),
-                behind.address in self._targets, copy, live[copy - plan.base :][: 2 * MAX_INSN],
+                behind.address in self._targets, copy, _at(live, copy - plan.base, 2 * MAX_INSN),
             )  # fmt: skip
         return found
 
@@ -184,9 +184,13 @@ class _Witness:
             if not insns:  # a springboard in filler
                 continue
             start = _trampoline(plan, row)
-            code = live[start - plan.base :][:512]
+            code = _at(live, start - plan.base, 512)
             found.append(Window(addr, tuple(insns), start, code))
         return tuple(found)
+
+
+def _at(code: bytes, at: int, size: int) -> bytes:
+    return code[at : at + size]
 
 
 def _trampoline(plan: Plan, row: int) -> int:

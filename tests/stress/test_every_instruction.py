@@ -21,6 +21,7 @@ ROUNDS = 40
 MODES = {"default": (), "preempt=full": ("preempt=full",)}
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("series", ["6.1", "6.12"])
 @pytest.mark.parametrize("mode", MODES)
 def test_every_instruction_of_200_functions_equals_the_oracle(

@@ -9,11 +9,17 @@
  * sleeps (calls are last, what may fault for long is first), so a task in its
  * middle was preempted there, and RCU tasks waits for it.  Then the other bytes
  * are free.
+ *
+ * While they wait each group costs a trap.  If every instruction of the tick's
+ * handlers did, they would take longer than a tick, and nothing else would run:
+ * so only some hundred groups are armed at a time, spread over all of them.
  */
 #include <linux/kdebug.h>
 #include <linux/notifier.h>
 
 #include "kw.h"
+
+#define KW_ARMED_MAX 512
 
 static struct kw_txn *kw_arming; /* whose groups have an int3; set under kw_lock */
 
@@ -114,7 +120,7 @@ void kw_group_exit(void)
 	unregister_die_notifier(&kw_group_notifier);
 }
 
-static int kw_arm_batch(struct kw_txn *t, u32 from, u32 to, u32 *bad)
+static int kw_arm_batch(struct kw_txn *t, u32 from, u32 to, u32 round, u32 rounds, u32 *bad)
 {
 	static const u8 int3 = KW_INT3;
 	u32 i;
@@ -122,7 +128,7 @@ static int kw_arm_batch(struct kw_txn *t, u32 from, u32 to, u32 *bad)
 	for (i = from; i < to; i++) {
 		const struct kw_poke *p = &t->pokes[i];
 
-		if (!(p->flags & KW_POKE_GROUP))
+		if (!(p->flags & KW_POKE_GROUP) || i % rounds != round)
 			continue;
 		*bad = i;
 		if (kw_text_has_kprobe(p) || !kw_text_matches(p, p->old))
@@ -134,29 +140,33 @@ static int kw_arm_batch(struct kw_txn *t, u32 from, u32 to, u32 *bad)
 	return 0;
 }
 
-static bool kw_has_groups(const struct kw_txn *t)
+static u32 kw_count_groups(const struct kw_txn *t)
 {
-	u32 i;
+	u32 i, n = 0;
 
 	for (i = 0; i < t->count; i++)
-		if (t->pokes[i].flags & KW_POKE_GROUP)
-			return true;
-	return false;
+		n += t->pokes[i].flags & KW_POKE_GROUP;
+	return n;
 }
 
-/* Empty all groups; kw_lock is dropped while it waits. */
-int kw_group_arm(struct kw_txn *t, u32 *bad)
+u32 kw_group_rounds(const struct kw_txn *t)
+{
+	return max_t(u32, DIV_ROUND_UP(kw_count_groups(t), KW_ARMED_MAX), 1);
+}
+
+/* Empty the groups of one round; kw_lock is dropped while it waits. */
+int kw_group_arm(struct kw_txn *t, u32 round, u32 rounds, u32 *bad)
 {
 	u32 from, to;
 	int ret = 0;
 
-	if (!kw_has_groups(t))
+	if (!kw_count_groups(t))
 		return 0;
 	WRITE_ONCE(kw_arming, t);
 	for (from = 0; from < t->count && !ret; from = to) {
 		to = min(from + KW_BATCH, t->count);
 		kw_text_lock();
-		ret = kw_arm_batch(t, from, to, bad);
+		ret = kw_arm_batch(t, from, to, round, rounds, bad);
 		kw_text_unlock();
 		cond_resched();
 	}

@@ -196,32 +196,42 @@ static bool kw_is_as_before(struct kw_txn *t, u32 i)
 
 static bool kw_in_pass(const struct kw_txn *t, u32 i, bool shorts)
 {
-	return kw_is_short(&t->pokes[i]) == shorts && t->states[i] != KW_EVICTED;
+	return kw_is_short(&t->pokes[i]) == shorts;
+}
+
+/* Groups wait until they are empty; those of a later round are not armed yet. */
+static bool kw_is_ready(const struct kw_txn *t, u32 i)
+{
+	if (t->pokes[i].flags & KW_POKE_GROUP)
+		return t->states[i] == KW_ARMED;
+	return t->states[i] == KW_WAITING;
 }
 
 static int kw_poke_batch(struct kw_txn *t, u32 from, u32 to, bool shorts, u32 *bad)
 {
+	bool todo[KW_BATCH];
 	u32 i;
 
 	lockdep_assert_held(kw_syms.text_mutex);
 	for (i = from; i < to; i++) {
 		*bad = i;
-		if (kw_in_pass(t, i, shorts) && !kw_is_as_before(t, i))
+		todo[i - from] = kw_in_pass(t, i, shorts) && kw_is_ready(t, i);
+		if (todo[i - from] && !kw_is_as_before(t, i))
 			return -ESTALE;
 	}
 	for (i = from; i < to; i++) {
-		if (!kw_in_pass(t, i, shorts))
+		if (!todo[i - from])
 			continue;
 		kw_queue(&t->pokes[i], t->pokes[i].new_);
 		t->states[i] = KW_PLACED;
 	}
 	kw_finish();
 	for (i = from; i < to; i++)
-		if (kw_in_pass(t, i, shorts))
+		if (todo[i - from])
 			kw_write_rest(&t->pokes[i], t->pokes[i].new_);
 	for (i = from; i < to; i++) {
 		*bad = i;
-		if (!kw_in_pass(t, i, shorts))
+		if (!todo[i - from])
 			continue;
 		if (WARN_ON_ONCE(!kw_text_matches(&t->pokes[i], t->pokes[i].new_)))
 			return -EIO;
@@ -329,10 +339,14 @@ static int kw_poke_pass(struct kw_txn *t, bool shorts, u32 *bad)
 /* May drop kw_lock for a grace period; the session's own lock keeps the rest away. */
 static int kw_poke_all(struct kw_txn *t, u32 *bad)
 {
-	int ret = kw_group_arm(t, bad);
+	u32 round, rounds = kw_group_rounds(t);
+	int ret = 0;
 
-	if (!ret)
-		ret = kw_poke_pass(t, false, bad);
+	for (round = 0; round < rounds && !ret; round++) {
+		ret = kw_group_arm(t, round, rounds, bad);
+		if (!ret)
+			ret = kw_poke_pass(t, false, bad);
+	}
 	if (!ret)
 		ret = kw_poke_pass(t, true, bad);
 	return ret;
