@@ -120,7 +120,8 @@ def measure(
     after = machine.snapshot()
     assert attachment.text_restored
     assert attachment.exact().all()
-    keys = [(point.addr, point.kind) for point in attachment.placed]
+    counted = plan.addr[attachment.site].tolist()  # behind an endbr64 that was asked for
+    keys = [(addr, point.kind) for addr, point in zip(counted, attachment.placed, strict=True)]
     hits = dict(zip(keys, attachment.hits().tolist(), strict=True))
     functions = frozenset(point.function for point in attachment.placed)
     window, inside = (_only(sites, counts) for counts in (after.since(before), end.since(begin)))
