@@ -154,7 +154,9 @@ def choose(decision: Decision, sites: Sites, known: Known) -> Choice:
     kept = np.flatnonzero(decision.placed)
     used = np.unique(decision.back[kept])
     live = live_before(code, sites) if decision.alone else known.live(code)
-    made = _Maker(code, live, placement.rows[used], placement.tactic[used], placement.boards)
+    made = make_sites(
+        code, live, replace(placement, rows=placement.rows[used]), placement.tactic[used]
+    )
     return Choice(
         tuple(decision.resolved.point(i) for i in kept.tolist()),
         made.entries,
@@ -165,8 +167,25 @@ def choose(decision: Decision, sites: Sites, known: Known) -> Choice:
     )
 
 
-class _Maker:
-    """Makes sites of rows that are placed.
+def make_sites(
+    code: Code,
+    live: npt.NDArray[np.uint32],
+    placement: Placement,
+    tactic: npt.NDArray[np.object_],
+) -> Made:
+    """Sites of rows that are all placed.
+
+    Args:
+        code: the functions.
+        live: uint32[n], what is live before each instruction.
+        placement: rows and windows; its other columns are not looked at.
+        tactic: object[u], of each of the rows.
+    """
+    return Made(code, live, placement.rows, tactic, placement.boards)
+
+
+class Made:
+    """Sites of rows that are placed.
 
     Attributes:
         entries, sites, traps: as in `Choice`.
