@@ -123,6 +123,7 @@ void kw_group_exit(void)
 static int kw_arm_batch(struct kw_txn *t, u32 from, u32 to, u32 round, u32 rounds, u32 *bad)
 {
 	static const u8 int3 = KW_INT3;
+	bool any = false;
 	u32 i;
 
 	for (i = from; i < to; i++) {
@@ -135,8 +136,10 @@ static int kw_arm_batch(struct kw_txn *t, u32 from, u32 to, u32 round, u32 round
 			return -ESTALE;
 		t->states[i] = KW_ARMED;
 		kw_syms.poke((void *)p->addr, &int3, sizeof(int3));
+		any = true;
 	}
-	kw_syms.poke_sync();
+	if (any)
+		kw_syms.poke_sync();
 	return 0;
 }
 
