@@ -186,6 +186,7 @@ void kw_txn_free(struct kw_txn *t);
 struct kw_txn *kw_txn_find(struct kw_session *s, u64 id);
 void kw_undo_session(struct kw_session *s);
 void kw_undo_exit(void);
+void kw_undo_settle(void);
 
 int kw_trap_arm(struct kw_session *s, const struct kw_commit *req, const struct kw_trap *traps,
 		size_t len, struct kw_out *out);

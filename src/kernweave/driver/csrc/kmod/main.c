@@ -152,6 +152,8 @@ static int kw_dispatch(struct kw_session *s, const struct kw_req *r, struct kw_o
 		kw_quiesce();
 		return 0;
 	}
+	if (r->op == KW_OP_HELLO)
+		kw_undo_settle();
 	mutex_lock(&kw_lock);
 	ret = rule->writes ? kw_change(s, r->op, payload, r->len, out) :
 			     kw_look(s, r->op, payload, r->len, out);

@@ -199,6 +199,27 @@ static void kw_retry(struct work_struct *work)
 	mutex_unlock(&kw_lock);
 }
 
+static bool kw_any_held(void)
+{
+	struct kw_txn *t;
+	bool found = false;
+	u32 i;
+
+	mutex_lock(&kw_lock);
+	list_for_each_entry(t, &kw_pinned, link)
+		for (i = 0; i < t->count && !found; i++)
+			found = t->states[i] == KW_HELD;
+	mutex_unlock(&kw_lock);
+	return found;
+}
+
+/* A new session finds no springboards that only wait for their grace period. */
+void kw_undo_settle(void)
+{
+	if (kw_any_held())
+		flush_delayed_work(&kw_retrier);
+}
+
 /* Called with kw_lock held when a session ends, however it ends; never waits for a grace period. */
 void kw_undo_session(struct kw_session *s)
 {
