@@ -154,7 +154,7 @@ class Request:
     """What one round asks for."""
 
     points: tuple[str, ...]
-    tactics: tuple[str, ...] | None
+    tactics: tuple[str, ...]
 
 
 class Draw:
