@@ -239,12 +239,15 @@ static int kw_poke_batch(struct kw_txn *t, u32 from, u32 to, bool shorts, u32 *b
 	return 0;
 }
 
-/* Take the int3 off a group that never got its jump. */
+/*
+ * Take the int3 off a group that never got its jump.  It must go whoever has
+ * armed what is behind it: soon nobody answers for it any more.
+ */
 static void kw_disarm(struct kw_txn *t, u32 i)
 {
 	const struct kw_poke *p = &t->pokes[i];
 
-	if (kw_text_has_kprobe(p) || *(u8 *)p->addr != KW_INT3) {
+	if (kw_syms.get_kprobe((void *)p->addr) || *(u8 *)p->addr != KW_INT3) {
 		t->states[i] = kw_text_matches(p, p->old) ? KW_RESTORED : KW_STUCK;
 		return;
 	}

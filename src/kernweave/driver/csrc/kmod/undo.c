@@ -177,11 +177,26 @@ static void kw_pin(struct kw_txn *t)
 	mod_delayed_work(system_wq, &kw_retrier, t->stamp ? 0 : KW_RETRY_JIFFIES);
 }
 
+static bool kw_any_held(void)
+{
+	struct kw_txn *t;
+	bool found = false;
+	u32 i;
+
+	mutex_lock(&kw_lock);
+	list_for_each_entry(t, &kw_pinned, link)
+		for (i = 0; i < t->count && !found; i++)
+			found = t->states[i] == KW_HELD;
+	mutex_unlock(&kw_lock);
+	return found;
+}
+
 static void kw_retry(struct work_struct *work)
 {
 	struct kw_txn *t, *next;
 
-	kw_quiesce(); /* for springboards that are held */
+	if (kw_any_held())
+		kw_quiesce();
 	mutex_lock(&kw_lock);
 	list_for_each_entry_safe(t, next, &kw_pinned, link) {
 		struct kw_undone sum = {};
@@ -197,20 +212,6 @@ static void kw_retry(struct work_struct *work)
 	if (!list_empty(&kw_pinned))
 		schedule_delayed_work(&kw_retrier, KW_RETRY_JIFFIES);
 	mutex_unlock(&kw_lock);
-}
-
-static bool kw_any_held(void)
-{
-	struct kw_txn *t;
-	bool found = false;
-	u32 i;
-
-	mutex_lock(&kw_lock);
-	list_for_each_entry(t, &kw_pinned, link)
-		for (i = 0; i < t->count && !found; i++)
-			found = t->states[i] == KW_HELD;
-	mutex_unlock(&kw_lock);
-	return found;
 }
 
 /* A new session finds no springboards that only wait for their grace period. */
