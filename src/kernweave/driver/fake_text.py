@@ -206,13 +206,15 @@ class Text:
             if PokeFlag.HOST in poke.flags and not txn.settled:
                 txn.states[i] = State.HELD
                 continue
-            armed = txn.states[i] == State.ARMED
-            now = _INT3 + poke.old[1:] if armed else poke.new
+            if txn.states[i] == State.ARMED:  # `kw_disarm`: it goes whatever is behind it
+                txn.states[i] = State.RESTORED
+                writes.append(Write(poke.addr, _INT3, poke.old[:1]))
+                continue
             txn.states[i] = State.RESTORED
             if self._has_kprobe(poke.addr, len(poke.old)):
                 txn.states[i] = State.STUCK
-            elif self._memory.matches(poke.addr, now):
-                writes.append(Write(poke.addr, now, poke.old))
+            elif self._memory.matches(poke.addr, poke.new):
+                writes.append(Write(poke.addr, poke.new, poke.old))
             elif not self._memory.matches(poke.addr, poke.old):
                 txn.states[i] = State.STUCK
         self._flush(writes, undo=True)
