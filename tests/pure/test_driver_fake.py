@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from contract import MANY, NOP5, UNMAPPED, DriverContract, make_splice
+from contract_copies import CopiesContract
 from contract_group import GroupContract
 from kernweave.driver import uapi
 from kernweave.driver.client import CommitError, Driver
@@ -47,7 +48,7 @@ class FakeTarget:
         session.close()
 
 
-class TestFakeDriver(DriverContract, GroupContract):
+class TestFakeDriver(DriverContract, GroupContract, CopiesContract):
     @pytest.fixture
     def target(self) -> FakeTarget:
         return FakeTarget()

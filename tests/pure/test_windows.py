@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 from kernweave.analysis.code import Code, Part, build_code
 from kernweave.analysis.imagefile import load_file
 from kernweave.errors import Reason
-from kernweave.image.sites import Sites
+from kernweave.image.sites import Sites, contains
 from kernweave.image.vmlinuz import open_image
 from kernweave.lab.packages import fetched_kernel
 from kernweave.model.plan import Plan, Tactic
@@ -27,6 +28,7 @@ from oracle.copies import disassemble
 
 SEED = 20261122
 FUNCTIONS = 800
+FAULTING = 60  # functions with an exception-table entry
 AWAY = 64 << 20
 JUMPS = (Tactic.NOP5, Tactic.JMP32, Tactic.GROUP, Tactic.SPRINGBOARD)
 REACH = 128
@@ -51,16 +53,20 @@ def parts_of(series: str) -> tuple[list[Part], Sites]:
     file = load_file(open_image(tree.vmlinuz))
     chance = np.random.default_rng(SEED)
     parts = [part for part in file.parts() if part.code]
-    chosen = np.sort(chance.choice(len(parts), FUNCTIONS, replace=False)).tolist()
-    return [parts[i] for i in chosen], file.sites
+    chosen = chance.choice(len(parts), FUNCTIONS, replace=False)
+    starts = np.array([part.start for part in parts], np.uint64)
+    faulting = np.unique(np.searchsorted(starts, file.sites.exceptions, side="right") - 1)
+    chosen = np.union1d(chosen, chance.choice(faulting, FAULTING, replace=False))
+    return [parts[i] for i in chosen.tolist()], file.sites
 
 
-def make(series: str, share: float) -> Sample:
+def make(series: str, share: float, translates: bool = True) -> Sample:
     parts, sites = parts_of(series)
     code = build_code(parts, sites)
     chance = np.random.default_rng(SEED)
     rows = np.flatnonzero(chance.random(len(code.addr)) < share)
-    return Sample(code, sites, rows, place(code, rows, sites, Rules(tactics=JUMPS)))
+    rules = Rules(tactics=JUMPS, translates=translates)
+    return Sample(code, sites, rows, place(code, rows, sites, rules))
 
 
 @pytest.fixture(params=["6.1", "6.12"])
@@ -90,7 +96,8 @@ def test_windows_are_disjoint_and_nothing_leads_into_them(sample: Sample) -> Non
         assert not code.landing[inner].any()
         assert (code.part[inner] == code.part[inner - 1]).all()
         goes_on = np.isin(code.flow[inner - 1], (Flow.NEXT, Flow.BRANCH))
-        assert goes_on.all()
+        goes_on |= contains(sample.sites.bugs, code.addr[inner - 1])  # a warning
+        assert (goes_on & ~contains(sample.sites.fatal_bugs, code.addr[inner - 1])).all()
         assert not (code.trait[inner - 1] & Trait.WAIT).any()
     assert (boards.windows.of(boards.shorts.first) < 0).all()
     assert (sizes_of(code, boards.windows) <= MOST_BYTES).all()
@@ -99,11 +106,51 @@ def test_windows_are_disjoint_and_nothing_leads_into_them(sample: Sample) -> Non
 
 def test_what_the_kernel_looks_for_is_in_no_window(sample: Sample) -> None:
     code, sites, boards = sample.code, sample.sites, sample.placement.boards
-    tables = (sites.jump_labels, sites.static_calls, sites.exceptions, sites.bugs, sites.ftrace)
+    tables = (sites.jump_labels, sites.static_calls, sites.ftrace)
     kept = np.flatnonzero(code.index.mark(*tables) | code.in_force)
     assert len(kept) > 100
     assert (boards.windows.of(kept) < 0).all()
     assert (boards.shorts.of(kept) < 0).all()
+
+
+def test_what_may_fault_is_first_where_it_is(sample: Sample) -> None:
+    """A task that sleeps in a fault comes back to where a jump may be by then."""
+    code, boards = sample.code, sample.placement.boards
+    rows = np.flatnonzero(contains(sample.sites.exceptions, code.addr))
+    found = 0
+    for windows in (boards.windows, boards.shorts):
+        number = windows.of(rows)
+        assert (windows.first[number[number >= 0]] == rows[number >= 0]).all()
+        found += int((number >= 0).sum())
+    assert found > 10 or len(sample.rows) < len(code.addr)
+
+
+def test_what_is_looked_up_by_address_is_told_with_its_copy(sample: Sample) -> None:
+    code, boards = sample.code, sample.placement.boards
+    tables = (sample.sites.exceptions, sample.sites.bugs)
+    rows = np.flatnonzero(code.index.mark(*tables))
+    inside = (boards.windows.of(rows) >= 0) | (boards.shorts.of(rows) >= 0)
+    copies = bound(sample)[0].copies
+    assert np.sort(copies.native).tolist() == code.addr[rows[inside]].tolist()
+    assert (np.diff(copies.addr.astype(np.int64)) > 0).all()
+    trampolines = {addr: body for addr, body, _ in bound(sample)[1]}
+    starts = sorted(trampolines)
+    for addr, native in zip(copies.addr.tolist(), copies.native.tolist(), strict=True):
+        start = starts[bisect_right(starts, addr) - 1]
+        copy = disassemble(trampolines[start][addr - start :], addr)[0]
+        at_home = disassemble(code.raw(int(code.rows_at(np.array([native], np.uint64))[0])), native)
+        assert copy.mnemonic == at_home[0].mnemonic
+
+
+def test_without_translation_they_stay_at_home(series: str) -> None:
+    sample = make(series, 1.0, translates=False)
+    code, boards = sample.code, sample.placement.boards
+    rows = np.flatnonzero(code.index.mark(sample.sites.exceptions, sample.sites.bugs))
+    assert len(rows) > 50
+    assert (boards.windows.of(rows) < 0).all() and (boards.shorts.of(rows) < 0).all()
+    reasons = set(sample.placement.reason[np.isin(sample.rows, rows)])
+    assert {Reason.EXCEPTION_ENTRY, Reason.BUG_ENTRY} <= reasons
+    assert not reasons & {None, Reason.TOO_SHORT}
 
 
 def test_interrupts_stay_off_behind_sti(sample: Sample) -> None:
@@ -116,6 +163,8 @@ def test_interrupts_stay_off_behind_sti(sample: Sample) -> None:
 
 def test_nearly_everything_is_placed_and_the_rest_has_a_reason(sample: Sample) -> None:
     reasons = sample.placement.reason
+    by_address = [reason in (Reason.EXCEPTION_ENTRY, Reason.BUG_ENTRY) for reason in reasons]
+    assert np.mean(by_address) < 0.001
     short = np.array([reason is Reason.TOO_SHORT for reason in reasons], bool)
     short &= ~sample.code.in_force[sample.rows]  # counted at the instruction behind
     assert short.mean() < 0.002
@@ -155,7 +204,11 @@ def bound(sample: Sample) -> tuple[Plan, list[tuple[int, bytes, list[Any]]]]:
     placed = np.flatnonzero([tactic is not None for tactic in placement.tactic])
     live = np.zeros(len(code.addr), np.uint32)
     made = make_sites(
-        code, live, replace(placement, rows=placement.rows[placed]), placement.tactic[placed]
+        code,
+        sample.sites,
+        live,
+        replace(placement, rows=placement.rows[placed]),
+        placement.tactic[placed],
     )
     layout = draft(made.entries, made.sites)
     base = int(code.addr.max()) + AWAY

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from contract import DriverContract
+from contract_copies import CopiesContract
 from contract_group import GroupContract
 from kernweave.driver.link import Link
 from kernweave.errors import UnsupportedError
@@ -53,5 +54,5 @@ def target() -> Iterator[LabTarget]:
     assert not trouble
 
 
-class TestRealDriver(DriverContract, GroupContract):
+class TestRealDriver(DriverContract, GroupContract, CopiesContract):
     pass

@@ -181,7 +181,7 @@ def end_row(session: Session, hits: Attachment, done: Completed | None) -> dict[
         "tactics": hits.tactics(),
         "hits": int(hits.hits().sum()),
         "missed": int(hits.missed().sum()),
-        "in_flight": 0,
+        "in_flight": hits.in_flight,
         "evicted": hits.evicted,
         "text_restored": hits.text_restored,
         "unrestored": [f"{addr:#x}" for addr in hits.unrestored],

@@ -33,6 +33,7 @@ class Facts:
         text_end: run-time address of `_etext`, exclusive.
         yield_addr: function to call before ftrace changes text.
         kprobe_yield_addr: the same before a kprobe is put at its argument.
+        native_addr: function that gives the native address for that of a copy.
         pinned: sites of earlier sessions that wait for somebody else to leave.
         flags: what the brain must respect.
         cpus: possible CPUs, rows of `Driver.counters`.
@@ -45,6 +46,7 @@ class Facts:
     text_end: int
     yield_addr: int
     kprobe_yield_addr: int
+    native_addr: int
     pinned: int
     flags: Fact
     cpus: int
@@ -134,6 +136,7 @@ class Driver:
             text_end=int(row["text_end"]),
             yield_addr=int(row["yield"]),
             kprobe_yield_addr=int(row["kprobe_yield"]),
+            native_addr=int(row["native"]),
             pinned=int(row["pinned"]),
             flags=Fact(int(row["flags"])),
             cpus=int(row["cpus"]),
@@ -273,9 +276,28 @@ class Driver:
         body = self._call(Op.COUNTERS, request)
         return np.frombuffer(body, "<u8").reshape(self.facts.cpus, -1)
 
-    def free(self, area: Area) -> None:
-        """Free an unreachable, quiescent area and its per-CPU memory; EAGAIN if not quiescent."""
-        self._call(Op.FREE, _rows(uapi.SLICE, area=area.id))
+    def free(self, area: Area) -> int:
+        """Free an unreachable, quiescent area and its per-CPU memory; EAGAIN if not quiescent.
+
+        Returns:
+            Tasks that sleep in a fault and are going to come back into the area; then the driver
+            frees it when they have left.
+        """
+        body = self._call(Op.FREE, _rows(uapi.SLICE, area=area.id))
+        return int(np.frombuffer(body, uapi.SIZE)[0]["value"])
+
+    def copies(self, area: Area, rows: Rows) -> None:
+        """Tell which copies in an area not yet sealed are looked up by their address.
+
+        Args:
+            area: holds them.
+            rows: `uapi.COPY` rows, ascending.
+
+        Raises:
+            DriverError: ENOLINK, if no poke with `PokeFlag.KEEP` is placed.
+        """
+        head = _rows(uapi.SLICE, area=area.id, len=len(rows))
+        self._call(Op.COPIES, head + rows.tobytes())
 
     def forget(self, txn: int) -> None:
         """Drop an undone transaction."""

@@ -9,6 +9,7 @@ The same contract tests run against it and against the real driver.  Each class 
                   csrc/kmod/undo.c    sites that wait for somebody else, in `retry_pinned`
                   csrc/kmod/yield.c   sites given back, in `yield_to_ftrace`
     fake_area.py  csrc/kmod/area.c    areas, per-CPU chunks, quiescence
+                  csrc/kmod/fault.c   copies that are looked up by their address
     fake_trap.py  csrc/kmod/trap.c    counters behind kprobes
     fake_text.py  csrc/kmod/text.c    transactions; and their undo, csrc/kmod/undo.c
 """
@@ -54,6 +55,7 @@ _RULES: dict[int, tuple[int, bool]] = {  # smallest payload, needs a writer
     Op.FORGET: (uapi.SIZE.itemsize, True),
     Op.ARM: (uapi.COMMIT.itemsize, True),
     Op.DISARM: (uapi.SIZE.itemsize, True),
+    Op.COPIES: (uapi.SLICE.itemsize, True),
 }
 
 
@@ -147,6 +149,7 @@ class FakeKernel:
             text_end=self.text_range[1],
             **{"yield": self.text_range[0]},
             kprobe_yield=self.text_range[0],
+            native=self.text_range[0],
             pinned=self.pinned_sites(),
             flags=self.flags,
             cpus=self.cpus,
@@ -318,8 +321,14 @@ class FakeSession:
 
     def _free(self, payload: bytes, out: Out) -> None:
         area = self._area(_slice(payload)[0])
-        self._kernel.areas.free(area)
+        out.put(row_bytes(uapi.SIZE, value=self._kernel.areas.free(area)))
         del self._areas[area.id]
+
+    def _copies(self, payload: bytes, out: Out) -> None:
+        area_id, _, count = _slice(payload)
+        rows = payload[uapi.SLICE.itemsize :]
+        asked = any(txn.is_asked() for txn in self._txns.values())
+        self._kernel.areas.set_copies(self._area(area_id), rows, count, asked)
 
     def _commit(self, payload: bytes, out: Out) -> None:
         out.reserve(uapi.SIZE.itemsize)
@@ -345,7 +354,7 @@ class FakeSession:
         txn = self._txn(payload)
         done = self._kernel.text.undo(txn)
         row = row_bytes(uapi.UNDONE, restored=done.restored, evicted=done.evicted, stuck=done.stuck)
-        out.put(row + np.array(txn.addrs(State.STUCK), "<u8").tobytes())
+        out.put(row + np.array(done.stuck_addrs, "<u8").tobytes())
 
     def _arm(self, payload: bytes, out: Out) -> None:
         size = uapi.COMMIT.itemsize
@@ -393,6 +402,7 @@ _HANDLERS: dict[Op, Handler] = {
     Op.FORGET: FakeSession._forget,
     Op.ARM: FakeSession._arm,
     Op.DISARM: FakeSession._disarm,
+    Op.COPIES: FakeSession._copies,
 }
 
 

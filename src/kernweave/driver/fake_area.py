@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Areas of the fake driver: executable memory, per-CPU chunks, quiescence; csrc/kmod/area.c."""
+"""Areas of the fake driver: executable memory, per-CPU chunks, quiescence: area.c, fault.c."""
 
 from __future__ import annotations
 
@@ -28,6 +28,8 @@ class FakeArea:
         users: transactions whose jumps lead here and are not undone.
         stamp: when it became unreachable, 0: never was reachable.
         chunks: per chunk uint64[cpus, bytes // 8].
+        copies: native address by that of the copy; of an area that is not freed.
+        visitors: tasks that sleep in a fault of a copy; given by the test.
     """
 
     id: int
@@ -37,6 +39,8 @@ class FakeArea:
     users: int = 0
     stamp: int = 0
     chunks: list[npt.NDArray[np.uint64]] = field(default_factory=list)
+    copies: dict[int, int] = field(default_factory=dict)
+    visitors: int = 0
 
 
 class Areas:
@@ -51,6 +55,7 @@ class Areas:
         self._stamp = 1
         self._quiesced = 0
         self._retired: list[FakeArea] = []
+        self._copied: list[FakeArea] = []
         self._by_offset: dict[int, npt.NDArray[np.uint64]] = {}
 
     def alloc(self, size: int) -> FakeArea:
@@ -106,10 +111,39 @@ class Areas:
         self._quiesced = max(self._quiesced, self._stamp)
         self._stamp += 1
 
-    def free(self, area: FakeArea) -> None:
-        """Unmap an unreachable, quiescent area: `kw_area_free`."""
+    @property
+    def have_copies(self) -> bool:
+        """Whether any area has copies that are looked up: `kw_copies_exist`."""
+        return bool(self._copied)
+
+    def set_copies(self, area: FakeArea, rows: bytes, count: int, asked: bool) -> None:
+        """The copies of an area that is not sealed, once: `kw_copies_set`."""
+        wrong = not count or len(rows) != count * uapi.COPY.itemsize
+        table = np.frombuffer(
+            rows[: len(rows) // uapi.COPY.itemsize * uapi.COPY.itemsize], uapi.COPY
+        )
+        addrs = table["addr"]
+        wrong |= bool((addrs < area.addr).any() or (addrs >= area.addr + area.size).any())
+        wrong |= bool((addrs[1:] <= addrs[:-1]).any())
+        refuse_if(wrong, errno.EINVAL)
+        refuse_if(bool(area.copies) or area.sealed, errno.EPERM)
+        refuse_if(not asked, errno.ENOLINK)
+        area.copies = dict(zip(addrs.tolist(), table["native"].tolist(), strict=True))
+        self._copied.append(area)
+
+    def free(self, area: FakeArea) -> int:
+        """Unmap an unreachable, quiescent area without visitors, else tell how many there are."""
         refuse_if(area.users > 0, errno.EBUSY)
         refuse_if(area.stamp > self._quiesced, errno.EAGAIN)
+        if area in self._copied:
+            if area.visitors:
+                self.retire(area)
+                return area.visitors
+            self._copied.remove(area)
+        self._unmap(area)
+        return 0
+
+    def _unmap(self, area: FakeArea) -> None:
         self._memory.unmap(area.addr)
         for offset, chunk in list(self._by_offset.items()):
             if any(chunk is own for own in area.chunks):
@@ -125,7 +159,8 @@ class Areas:
         self.quiesce()
         for area in list(self._retired):
             try:
-                self.free(area)
+                visitors = self.free(area)
             except RefusalError:
                 continue
-            self._retired.remove(area)
+            if not visitors:
+                self._retired.remove(area)

@@ -73,6 +73,11 @@ class FakeTxn:
     pinned: bool = False
     settled: bool = False  # nobody can be between a short jump and its springboard
 
+    def is_asked(self) -> bool:
+        """Whether a splice is in force that finds native addresses: `kw_is_asked`."""
+        both = zip(self.pokes, self.states, strict=True)
+        return any(PokeFlag.KEEP in poke.flags and now == State.PLACED for poke, now in both)
+
     def addrs(self, state: State) -> list[int]:
         """Addresses of the pokes in a state, ascending."""
         both = zip(self.pokes, self.states, strict=True)
@@ -203,7 +208,8 @@ class Text:
             poke = txn.pokes[i]
             if txn.states[i] not in _OURS:
                 continue
-            if PokeFlag.HOST in poke.flags and not txn.settled:
+            held = PokeFlag.HOST in poke.flags and not txn.settled
+            if held or (PokeFlag.KEEP in poke.flags and self._areas.have_copies):
                 txn.states[i] = State.HELD
                 continue
             if txn.states[i] == State.ARMED:  # `kw_disarm`: it goes whatever is behind it

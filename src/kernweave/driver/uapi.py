@@ -7,7 +7,7 @@ from enum import IntEnum, IntFlag
 
 import numpy as np
 
-VERSION = 2
+VERSION = 3
 MAGIC = 0x5245574B
 
 MAX_REQUEST = 64 << 20
@@ -44,6 +44,7 @@ class Op(IntEnum):
     FORGET = 19
     ARM = 20
     DISARM = 21
+    COPIES = 22
 
 
 class State(IntEnum):
@@ -63,6 +64,7 @@ class PokeFlag(IntFlag):
 
     GROUP = 1
     HOST = 2
+    KEEP = 4
 
 
 class Owner(IntEnum):
@@ -104,6 +106,7 @@ FACTS = np.dtype(
         ("text_end", "<u8"),
         ("yield", "<u8"),
         ("kprobe_yield", "<u8"),
+        ("native", "<u8"),
         ("pinned", "<u8"),
         ("flags", "<u4"),
         ("cpus", "<u4"),
@@ -135,6 +138,7 @@ SIZE = np.dtype([("value", "<u8")])
 AREA = np.dtype([("id", "<u8"), ("addr", "<u8"), ("size", "<u8")])
 SLICE = np.dtype([("area", "<u8"), ("off", "<u8"), ("len", "<u8")])
 CHUNK = np.dtype([("index", "<u8"), ("offset", "<u8")])
+COPY = np.dtype([("addr", "<u8"), ("native", "<u8")])
 COMMIT = np.dtype([("area", "<u8"), ("count", "<u8")])
 POKE = np.dtype(
     [
@@ -162,6 +166,7 @@ STRUCTS: dict[str, np.dtype[np.void]] = {
     "kw_area": AREA,
     "kw_slice": SLICE,
     "kw_chunk": CHUNK,
+    "kw_copy": COPY,
     "kw_commit": COMMIT,
     "kw_poke": POKE,
     "kw_trap": TRAP,

@@ -63,6 +63,7 @@ class Pokes:
         new: k times the bytes to be written: a jump, and int3 or springboards behind it.
         group: bool[k], replaces several instructions: somebody may be between them.
         host: bool[k], is a springboard, or has some behind its jump.
+        keep: bool[k], stays as long as any area has copies.
     """
 
     addr: npt.NDArray[np.uint64]
@@ -70,6 +71,20 @@ class Pokes:
     new: tuple[bytes, ...]
     group: npt.NDArray[np.bool_]
     host: npt.NDArray[np.bool_]
+    keep: npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Copies:
+    """Copies of instructions that the kernel looks up by their address; ascending by `addr`.
+
+    Attributes:
+        addr: uint64[c], run-time address of the copy.
+        native: uint64[c], that of the instruction.
+    """
+
+    addr: npt.NDArray[np.uint64]
+    native: npt.NDArray[np.uint64]
 
 
 @dataclass(frozen=True)
@@ -89,6 +104,7 @@ class Plan:
         counter: int32[n], number of each one's counter.
         poke: int32[n], row of `pokes` through which control gets to the counter, -1 for traps.
         pokes: what is written.
+        copies: which of the copies may fault or trap.
         trapped: first native byte of each instruction with a trap.
     """
 
@@ -101,6 +117,7 @@ class Plan:
     counter: npt.NDArray[np.int32]
     poke: npt.NDArray[np.int32]
     pokes: Pokes
+    copies: Copies
     trapped: bytes = b""
 
     @property

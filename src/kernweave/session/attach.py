@@ -19,7 +19,7 @@ from kernweave.driver.client import Area, Chunk, CommitError, Driver
 from kernweave.driver.uapi import Fact, PokeFlag
 from kernweave.errors import KernweaveError, Reason, RefusedError
 from kernweave.image.sites import Sites, contains
-from kernweave.model.plan import Plan, Point, Pokes, Refused, Tactic
+from kernweave.model.plan import Copies, Plan, Point, Pokes, Refused, Tactic
 from kernweave.session.attachment import Placed
 from kernweave.session.resolve import Resolved
 from kernweave.splice.board import Boards
@@ -33,7 +33,14 @@ from kernweave.splice.layout import (
     draft,
     make_entries,
 )
-from kernweave.splice.place import Placement, Rules, explain, jumps_in, place
+from kernweave.splice.place import (
+    Placement,
+    Rules,
+    explain,
+    is_searched,
+    jumps_in,
+    place,
+)
 from kernweave.splice.window import SHORT_BYTES, SITE_BYTES
 from kernweave.x86.decode import ALL_MASK
 
@@ -154,9 +161,8 @@ def choose(decision: Decision, sites: Sites, known: Known) -> Choice:
     kept = np.flatnonzero(decision.placed)
     used = np.unique(decision.back[kept])
     live = live_before(code, sites) if decision.alone else known.live(code)
-    made = make_sites(
-        code, live, replace(placement, rows=placement.rows[used]), placement.tactic[used]
-    )
+    chosen = replace(placement, rows=placement.rows[used])
+    made = make_sites(code, sites, live, chosen, placement.tactic[used])
     return Choice(
         tuple(decision.resolved.point(i) for i in kept.tolist()),
         made.entries,
@@ -169,6 +175,7 @@ def choose(decision: Decision, sites: Sites, known: Known) -> Choice:
 
 def make_sites(
     code: Code,
+    sites: Sites,
     live: npt.NDArray[np.uint32],
     placement: Placement,
     tactic: npt.NDArray[np.object_],
@@ -177,11 +184,12 @@ def make_sites(
 
     Args:
         code: the functions.
+        sites: the kernel's tables.
         live: uint32[n], what is live before each instruction.
         placement: rows and windows; its other columns are not looked at.
         tactic: object[u], of each of the rows.
     """
-    return Made(code, live, placement.rows, tactic, placement.boards)
+    return Made(code, sites, live, placement.rows, tactic, placement.boards)
 
 
 class Made:
@@ -195,12 +203,14 @@ class Made:
     def __init__(
         self,
         code: Code,
+        sites: Sites,
         live: npt.NDArray[np.uint32],
         rows: npt.NDArray[np.int64],
         tactic: npt.NDArray[np.object_],
         boards: Boards,
     ) -> None:
         self._code, self._live = code, live
+        self._searched = is_searched(code, sites)
         trapped = tactic == Tactic.INT3
         nops = tactic == Tactic.NOP5
         self._counted = set(rows[~trapped & ~nops].tolist())
@@ -237,6 +247,7 @@ class Made:
                 code.raw(row),
                 row in self._counted,
                 ALL_MASK & ~int(self._live[row]),
+                bool(self._searched[row]),
             )
             for row in range(first, end)
         )
@@ -262,9 +273,10 @@ def clobbering(choice: Choice, clobber: Clobber) -> Choice:
     return replace(choice, entries=replace(entries, clobber=masks), sites=sites)
 
 
-def rules_for(flags: Fact, tactics: Sequence[Tactic]) -> Rules:
-    """What this kernel allows, as its driver says."""
+def rules_for(flags: Fact, tactics: Sequence[Tactic], translates: bool) -> Rules:
+    """What this kernel allows, as its driver says; `translates`: whether searches can be hooked."""
     return Rules(
+        translates=translates,
         locks_live=bool(flags & Fact.LOCKS_LIVE),
         calls_counted=bool(flags & Fact.CALL_DEPTH),
         tactics=tuple(tactics),
@@ -349,6 +361,8 @@ def commit(driver: Driver, choice: Choice, amend: Amend | None = None) -> Placed
 
 def _write(driver: Driver, area: Area, plan: Plan) -> int:
     driver.write(area, 0, plan.code)
+    if len(plan.copies.addr):
+        driver.copies(area, make_copies(plan.copies))
     driver.seal(area)
     return driver.commit(area, make_pokes(plan.pokes))
 
@@ -408,10 +422,23 @@ def make_pokes(pokes: Pokes) -> npt.NDArray[np.void]:
     rows = np.zeros(len(pokes.addr), uapi.POKE)
     rows["addr"] = pokes.addr
     rows["len"] = [len(old) for old in pokes.old]
-    rows["flags"] = pokes.group * int(PokeFlag.GROUP) | pokes.host * int(PokeFlag.HOST)
+    flags = (
+        (pokes.group, PokeFlag.GROUP),
+        (pokes.host, PokeFlag.HOST),
+        (pokes.keep, PokeFlag.KEEP),
+    )
+    for mask, flag in flags:
+        rows["flags"] |= mask * np.uint32(flag)
     for field, column in (("old", pokes.old), ("new_", pokes.new)):
         data = b"".join(one.ljust(uapi.POKE_BYTES, b"\0") for one in column)
         rows[field] = np.frombuffer(data, np.uint8).reshape(-1, uapi.POKE_BYTES)
+    return rows
+
+
+def make_copies(copies: Copies) -> npt.NDArray[np.void]:
+    """The copies that may fault as rows of the driver's interface."""
+    rows = np.zeros(len(copies.addr), uapi.COPY)
+    rows["addr"], rows["native"] = copies.addr, copies.native
     return rows
 
 

@@ -81,6 +81,7 @@ class Attachment:
         self._disarmed = np.zeros(len(placed.plan.addr), bool)
         self.unrestored: tuple[int, ...] = ()
         self.text_restored = False
+        self.in_flight = 0
 
     def __enter__(self) -> Self:
         return self
@@ -145,7 +146,7 @@ class Attachment:
         self.unrestored += self._traps_left()
         self.text_restored = not self.unrestored
         if not pinned:
-            driver.free(inside.area)
+            self.in_flight = driver.free(inside.area)
             if inside.txn is not None:
                 driver.forget(inside.txn)
 
@@ -226,12 +227,21 @@ class Attachment:
         A trap that was not armed any more at detach is not: its kmod had gone, or the administrator
         had disarmed all kprobes. Nor is one that has missed hits: two CPUs that miss at once may
         count one miss, because the kernel's own counter of them is shared
-        (kprobes_inc_nmissed_count).
+        (kprobes_inc_nmissed_count). Nor is what a task that sleeps in a fault is going to run.
         """
         final = self._hits is not None
         site = self._inside.site
         whole = ~self._evicted[site] & ~self._disarmed[site] & (self._missed[site] == 0)
+        if self.in_flight:
+            whole &= ~self._resumed()[site]
         return np.asarray(final & whole)
+
+    def _resumed(self) -> npt.NDArray[np.bool_]:
+        """bool[n]: counted in a trampoline that a task may come back to after a fault."""
+        plan = self.plan
+        found = np.zeros(len(plan.pokes.addr) + 1, bool)  # traps have row -1
+        found[np.searchsorted(plan.pokes.addr, plan.copies.native, side="right") - 1] = True
+        return found[plan.poke]
 
     def rows(self) -> list[Count]:
         """One `Count` per placed point, in the order asked for."""

@@ -1,30 +1,43 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Where others are about to look at the text: there the driver gives kernweave's sites back."""
+"""Where the kernel's own code has to ask the driver: about sites, and about addresses of copies."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from kernweave.analysis.code import Code, Part, build_code
 from kernweave.driver.client import Driver
 from kernweave.driver.uapi import Fact
-from kernweave.session.attach import make_pokes
+from kernweave.session.attach import Known, make_pokes
 from kernweave.session.view import KernelView
-from kernweave.splice.hook import bind_hook, call_row, hook_row, hook_size
+from kernweave.splice.hook import (
+    Hook,
+    bind_hooks,
+    call_row,
+    entry_window,
+    hook_row,
+    hook_size,
+)
 
 _FTRACE_UPDATE = "ftrace_replace_code"
 #: it asks for the text at a kprobe's address before anything else
 _KPROBE_CHECK = ("arch_prepare_kprobe", "alternatives_text_reserved")
+#: search the exception tables, and the bug tables, for their first argument
+_SEARCHES = ("search_exception_tables", "report_bug")
 
 
 class Hooks:
     """Splices of a session that call the driver; each is made when it is first needed."""
 
-    def __init__(self, driver: Driver, view: KernelView) -> None:
+    def __init__(self, driver: Driver, view: KernelView, known: Known) -> None:
         """Remember where to look; nothing is changed yet."""
-        self._driver, self._view = driver, view
+        self._driver, self._view, self._known = driver, view, known
         self._ftrace = False
         self._kprobes = False
+        self._searches = False
 
     def can_yield_to_ftrace(self) -> bool:
         """Whether nops of ftrace may be used."""
@@ -36,7 +49,8 @@ class Hooks:
             return
         site = self._ftrace_site()
         assert site is not None, "the nop5 tactic is offered only with a hook"
-        self._splice(*site, self._driver.facts.yield_addr)
+        code, row = site
+        self._splice([Hook(code, row, row + 1, self._driver.facts.yield_addr)])
         self._ftrace = True
 
     def yield_to_kprobes(self) -> None:
@@ -51,7 +65,34 @@ class Hooks:
         code, found = self._code(name), self._view.images[0].find(callee)
         row = call_row(code, found[0], self._view.sites) if code and len(found) == 1 else -1
         if code and row >= 0:
-            self._splice(code, row, self._driver.facts.kprobe_yield_addr)
+            self._splice([Hook(code, row, row + 1, self._driver.facts.kprobe_yield_addr)])
+
+    def can_translate(self) -> bool:
+        """Whether instructions may be displaced that the kernel looks up by their address."""
+        return self._searches or len(self._search_hooks()) == len(_SEARCHES)
+
+    def translate(self) -> None:
+        """Before such an instruction is displaced: searches for its copy find its native address.
+
+        These hooks stay until the driver has seen that nobody is in a copy.
+        """
+        if self._searches:
+            return
+        self._splice(sorted(self._search_hooks(), key=lambda hook: hook.addr))
+        self._searches = True
+
+    def _search_hooks(self) -> list[Hook]:
+        """One hook per search, as far as there is room where the argument is untouched."""
+        found = []
+        for name in _SEARCHES:
+            code = self._code(name)
+            if code is None:
+                continue
+            code = replace(code, landing=code.landing | self._known.landing(code))
+            window = entry_window(code, self._view.sites)
+            if window:
+                found.append(Hook(code, *window, self._driver.facts.native_addr, True))
+        return found
 
     def _ftrace_site(self) -> tuple[Code, int] | None:
         if not self._driver.facts.flags & Fact.FTRACE_YIELD:
@@ -73,9 +114,9 @@ class Hooks:
         part = Part(name, name, None, bounds[0], text, bounds[0], False)
         return build_code([part], view.sites)
 
-    def _splice(self, code: Code, row: int, target: int) -> None:
-        area = self._driver.area(hook_size(code, row))
-        body, pokes = bind_hook(code, row, target, area.addr)
+    def _splice(self, hooks: Sequence[Hook]) -> None:
+        area = self._driver.area(hook_size(hooks))
+        body, pokes = bind_hooks(hooks, area.addr)
         self._driver.write(area, 0, body)
         self._driver.seal(area)
         self._driver.commit(area, make_pokes(pokes))

@@ -105,8 +105,8 @@ class Session:
         try:
             self._driver = _open_driver(self._link, writer)
             self._view = KernelView(self._driver, cache_dir())
-            self._hooks = Hooks(self._driver, self._view)
             self._analysis = Analysis(self._view, cache_dir(), progress)
+            self._hooks = Hooks(self._driver, self._view, self._analysis)
         except BaseException:
             self._link.close()
             raise
@@ -275,7 +275,8 @@ class Session:
             raise UsageError("no point given", help="name a function, for instance vfs_read")
         for _ in range(_TRIES):
             self._view.refresh()
-            rules = rules_for(self._driver.facts.flags, self._tactics(tactics))
+            flags, translates = self._driver.facts.flags, self._hooks.can_translate()
+            rules = rules_for(flags, self._tactics(tactics), translates)
             resolved = Resolver(self._view).resolve(specs)
             if self._view.is_current():
                 return decide(resolved, self._view.sites, rules, self._analysis)
@@ -318,6 +319,8 @@ class Session:
             self._hooks.yield_to_ftrace()
         if any(len(site.insns) > 1 for site in choice.sites):
             self._hooks.yield_to_kprobes()
+        if any(insn.searched for site in choice.sites for insn in site.insns):
+            self._hooks.translate()
         with _undivided():
             placed = commit(self._driver, choice, amend)
             attachment = Attachment(self._driver, placed, choice.refused)

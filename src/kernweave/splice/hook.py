@@ -1,24 +1,27 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A splice that calls a C function of the driver: how kernweave yields to ftrace and kprobes.
+"""A splice that calls a C function of the driver: to yield to others, to find native addresses.
 
     push %rax .. %r11; pushfq
     call target
+    mov  %rax, (saved %rdi)         where it translates its argument
     popfq; pop %r11 .. %rax
-    displaced instruction
+    displaced instructions
     jmp  back
 
-The C function may sleep, and then a trampoline's address lies on a stack: the driver counts who
-is inside and frees the area only when nobody is.
+Where the C function may sleep, a trampoline's address lies on a stack: the driver counts who is
+inside and frees the area only when nobody is.
 """
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from kernweave.analysis.code import Code
-from kernweave.image.sites import Sites
+from kernweave.image.sites import Sites, contains
 from kernweave.model.plan import Pokes, Tactic
 from kernweave.splice.place import Rules, place
 from kernweave.x86.decode import Flow
@@ -27,6 +30,38 @@ from kernweave.x86.relocate import JUMP_BYTES, encode_jump, relocate_insn, way_b
 #: rax, rcx, rdx, rsi, rdi, r8 .. r11, then the flags
 _SAVE = bytes.fromhex("50 51 52 56 57 4150 4151 4152 4153 9c")
 _RESTORE = bytes.fromhex("9d 415b 415a 4159 4158 5f 5e 5a 59 58")
+_CHANGE_RDI = bytes.fromhex("48 89 44 24 28")  # mov %rax, 0x28(%rsp)
+_ALIGN = 16
+
+
+@dataclass(frozen=True)
+class Hook:
+    """One such splice.
+
+    Attributes:
+        code: the function.
+        first: row of the first instruction displaced.
+        end: row behind the last.
+        target: run-time address of the C function.
+        translates: whether it gives a new first argument for the old one; then the hook stays as
+            long as there are copies that are looked up by their address.
+    """
+
+    code: Code
+    first: int
+    end: int
+    target: int
+    translates: bool = False
+
+    @property
+    def addr(self) -> int:
+        """Run-time address of what is displaced."""
+        return int(self.code.addr[self.first])
+
+    @property
+    def old(self) -> bytes:
+        """The bytes there."""
+        return b"".join(self.code.raw(row) for row in range(self.first, self.end))
 
 
 def hook_row(code: Code, part: int, sites: Sites) -> int:
@@ -46,24 +81,47 @@ def call_row(code: Code, callee: int, sites: Sites) -> int:
     return int(rows[0]) if len(rows) == 1 and placement.tactic[0] else -1
 
 
-def hook_size(code: Code, row: int) -> int:
-    """Bytes of the hook's trampoline."""
-    return len(_encode(code, row, int(code.addr[row]), int(code.addr[row])))
+def entry_window(code: Code, sites: Sites) -> tuple[int, int] | None:
+    """First and end row of what can be displaced where a function has not done anything yet."""
+    row = 0
+    while code.in_force[row] or contains(sites.ftrace, code.addr[row : row + 1])[0]:
+        row += 1
+    rules = Rules(tactics=(Tactic.JMP32, Tactic.GROUP))
+    windows = place(code, np.array([row]), sites, rules).boards.windows
+    if len(windows.first) != 1 or windows.first[0] != row:
+        return None
+    return row, int(windows.end[0])
 
 
-def bind_hook(code: Code, row: int, target: int, base: int) -> tuple[bytes, Pokes]:
-    """The trampoline of a hook at an instruction of `code`, for `base`, and what leads there."""
-    addr, raw = int(code.addr[row]), code.raw(row)
-    jump = encode_jump(addr, base).ljust(len(raw), b"\xcc")
-    none = np.zeros(1, bool)
-    pokes = Pokes(np.array([addr], np.uint64), (raw,), (jump,), none, none)
-    return _encode(code, row, target, base), pokes
+def bind_hooks(hooks: Sequence[Hook], base: int) -> tuple[bytes, Pokes]:
+    """The trampolines of hooks, for `base`, and what leads there; ascending by address."""
+    body = bytearray()
+    new = []
+    for hook in hooks:
+        body += b"\xcc" * (-len(body) % _ALIGN)
+        new.append(encode_jump(hook.addr, base + len(body)).ljust(len(hook.old), b"\xcc"))
+        body += _encode(hook, base + len(body))
+    pokes = Pokes(
+        addr=np.array([hook.addr for hook in hooks], np.uint64),
+        old=tuple(hook.old for hook in hooks),
+        new=tuple(new),
+        group=np.array([hook.end - hook.first > 1 for hook in hooks]),
+        host=np.zeros(len(hooks), bool),
+        keep=np.array([hook.translates for hook in hooks]),
+    )
+    return bytes(body), pokes
 
 
-def _encode(code: Code, row: int, target: int, base: int) -> bytes:
-    addr, raw = int(code.addr[row]), code.raw(row)
+def hook_size(hooks: Sequence[Hook]) -> int:
+    """Bytes of their trampolines."""
+    return len(bind_hooks(hooks, hooks[0].addr)[0])
+
+
+def _encode(hook: Hook, base: int) -> bytes:
     call_at = base + len(_SAVE)
-    call = b"\xe8" + struct.pack("<i", target - (call_at + JUMP_BYTES))
-    body = _SAVE + call + _RESTORE
-    body += relocate_insn(raw, addr, base + len(body))
-    return body + way_back(raw, addr, base + len(body))
+    call = b"\xe8" + struct.pack("<i", hook.target - (call_at + JUMP_BYTES))
+    body = _SAVE + call + (_CHANGE_RDI if hook.translates else b"") + _RESTORE
+    for row in range(hook.first, hook.end):
+        body += relocate_insn(hook.code.raw(row), int(hook.code.addr[row]), base + len(body))
+    last = hook.end - 1
+    return body + way_back(hook.code.raw(last), int(hook.code.addr[last]), base + len(body))

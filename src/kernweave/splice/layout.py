@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kernweave.errors import InternalError
-from kernweave.model.plan import Plan, Pokes, Tactic
+from kernweave.model.plan import Copies, Plan, Pokes, Tactic
 from kernweave.splice.window import SHORT_BYTES, SITE_BYTES
 from kernweave.x86.counter import Snippet, counter_snippet
 from kernweave.x86.poison import poison_code
@@ -34,6 +34,7 @@ class Displaced:
         code: its bytes.
         counted: whether a counter goes before its copy.
         dead: mask of registers and flags that are dead before it.
+        searched: whether the kernel looks it up by its address when it faults or traps.
         clobber: mask of registers and flags to overwrite before the counter, a check of `dead`.
     """
 
@@ -41,6 +42,7 @@ class Displaced:
     code: bytes
     counted: bool = True
     dead: int = 0
+    searched: bool = False
     clobber: int = 0
 
     @property
@@ -164,12 +166,16 @@ def bind(plan: Draft, base: int, offsets: npt.NDArray[np.uint64]) -> Plan:
             spills[row] = snippet.spills
     addr: list[int] = []
     copy: list[int] = []
+    searched: list[tuple[int, int]] = []
     tactics, owner = [], []
     for i, site in enumerate(plan.sites):
         off = int(plan.off[i])
         body, holes, copies = _encode(site, base + off)
-        counted = [insn for insn in site.insns if insn.counted]
-        for insn, hole, place in zip(counted, holes, copies, strict=True):
+        for insn, hole, place in zip(site.insns, holes, copies, strict=True):
+            if insn.searched:
+                searched.append((place, insn.addr))
+            if hole is None:
+                continue
             struct.pack_into("<Q", body, hole, int(offsets[count + len(addr)]))
             addr.append(insn.addr)
             copy.append(place)
@@ -192,6 +198,7 @@ def bind(plan: Draft, base: int, offsets: npt.NDArray[np.uint64]) -> Plan:
         counter=order.astype(np.int32),
         poke=np.searchsorted(pokes.addr, places[order]).astype(np.int32),
         pokes=pokes,
+        copies=Copies(*np.array(searched, np.uint64).reshape(-1, 2).T),
     )
 
 
@@ -233,16 +240,16 @@ def _distances(
     return away.astype("<i4").view(np.uint8).reshape(-1, 4)
 
 
-def _encode(site: Site, addr: int) -> tuple[bytearray, list[int], list[int]]:
-    """The trampoline at `addr`; where its counters have their holes, and the copies' addresses."""
+def _encode(site: Site, addr: int) -> tuple[bytearray, list[int | None], list[int]]:
+    """The trampoline at `addr`; where each counter has its hole, and the copies' addresses."""
     body = bytearray()
-    holes, copies = [], []
+    holes: list[int | None] = []
+    copies = []
     for insn in site.insns:
+        holes.append(len(body) + insn.snippet.hole if insn.counted else None)
         if insn.counted:
-            snippet = insn.snippet
-            holes.append(len(body) + snippet.hole)
-            body += snippet.code
-            copies.append(addr + len(body))
+            body += insn.snippet.code
+        copies.append(addr + len(body))
         body += relocate_insn(insn.code, insn.addr, addr + len(body))
     last = site.insns[-1]
     return body + way_back(last.code, last.addr, addr + len(body)), holes, copies
@@ -270,6 +277,7 @@ def _pokes(plan: Draft, base: int) -> Pokes:
         new=tuple(news[i] for i in order.tolist()),
         group=np.array(plain + [addr in group for addr in addrs], bool)[order],
         host=np.array(plain + [addr in host for addr in addrs], bool)[order],
+        keep=np.zeros(len(every), bool),
     )
 
 

@@ -37,11 +37,13 @@ class Rules:
     Attributes:
         locks_live: lock prefixes may still be patched (CPUs come and go).
         calls_counted: `push; jmp` must not stand for a call (call-depth tracking).
+        translates: the kernel's searches by address find the native one for that of a copy.
         tactics: tactics to try, in order.
     """
 
     locks_live: bool = False
     calls_counted: bool = False
+    translates: bool = False
     tactics: tuple[Tactic, ...] = tuple(Tactic)
 
 
@@ -92,9 +94,11 @@ def place(code: Code, rows: Rows, sites: Sites, rules: Rules) -> Placement:
         tactics[left & _may_trap(code, rows, sites)] = Tactic.INT3
         left &= tactics == None  # noqa: E711
     reasons[left] = Reason.TOO_SHORT
-    for reason, hit in _refusals(code, rows, sites, rules):
-        if reason in _IN_USE:
-            reasons[left & hit] = reason
+    for reason, hit in [
+        *_by_address(code, rows, sites),
+        *(one for one in _refusals(code, rows, sites, rules) if one[0] in _IN_USE),
+    ]:
+        reasons[left & hit] = reason
     return Placement(rows, tactics, reasons, boards)
 
 
@@ -114,7 +118,7 @@ def _displace(
 ) -> Boards:
     """The windows and springboards for some rows."""
     grouped = Tactic.GROUP in jumps
-    runs = find_runs(code, movable(code, sites, rules), grouped)
+    runs = find_runs(code, movable(code, sites, rules), sites, grouped)
     windows = cover(runs, rows)
     if Tactic.SPRINGBOARD not in jumps:
         return no_boards(windows)
@@ -137,14 +141,16 @@ def movable(code: Code, sites: Sites, rules: Rules) -> Mask:
     """bool[n]: instructions that can run somewhere else, whoever asks.
 
     Only `call rel32` and calls through a register or memory can be displaced without the
-    trampoline's address on the stack; far calls cannot, and what means its own address. endbr64
-    stays, as indirect calls must find it.
+    trampoline's address on the stack; far calls cannot, and what means its own address, as a trap
+    does unless it is translated. endbr64 stays, as indirect calls must find it.
     """
     rows = np.arange(len(code.addr))
-    fixed = np.isin(code.flow, (Flow.TRAP, Flow.INVALID))
+    known = contains(sites.bugs, code.addr) & rules.translates
+    fixed = (code.flow == Flow.INVALID) | ((code.flow == Flow.TRAP) & ~known)
     fixed |= ((code.trait & Trait.NEAR) != 0) | code.in_force
     fixed |= contains(sites.ftrace, code.addr) | _behind_lfence(code)
-    for row in np.flatnonzero(code.flow == Flow.INDIRECT_CALL).tolist():
+    calls = (code.flow == Flow.INDIRECT_CALL) | ((code.flow == Flow.CALL) & (code.target == 0))
+    for row in np.flatnonzero(calls).tolist():
         fixed[row] |= not can_relocate(code.raw(row))
     for reason, hit in _refusals(code, rows, sites, rules):
         if reason is not Reason.STI_SHADOW:  # it moves with the instruction before
@@ -170,8 +176,7 @@ def _refusals(code: Code, rows: Rows, sites: Sites, rules: Rules) -> list[tuple[
         (Reason.BUSY_FTRACE, contains(sites.ftrace_busy, addr)),
         (Reason.JUMP_LABEL, contains(sites.jump_labels, addr)),
         (Reason.STATIC_CALL, contains(sites.static_calls, addr)),
-        (Reason.EXCEPTION_ENTRY, contains(sites.exceptions, addr)),
-        (Reason.BUG_ENTRY, contains(sites.bugs, addr)),
+        *([] if rules.translates else _by_address(code, rows, sites)),
         (Reason.STI_SHADOW, _follows(code, rows, Trait.SHADOW)),
         (Reason.SWAPGS, _part_has(code, rows, Trait.SWAPGS)),
         (Reason.DENYLIST, _calls_behind_itself(code, rows)),
@@ -182,6 +187,19 @@ def _refusals(code: Code, rows: Rows, sites: Sites, rules: Rules) -> list[tuple[
     if rules.calls_counted:
         found.append((Reason.RETPOLINE_SITE, np.isin(flow, (Flow.CALL, Flow.INDIRECT_CALL))))
     return found
+
+
+def _by_address(code: Code, rows: Rows, sites: Sites) -> list[tuple[Reason, Mask]]:
+    """What the kernel looks up by its address when it faults or traps."""
+    return [
+        (Reason.EXCEPTION_ENTRY, contains(sites.exceptions, code.addr[rows])),
+        (Reason.BUG_ENTRY, contains(sites.bugs, code.addr[rows])),
+    ]
+
+
+def is_searched(code: Code, sites: Sites) -> Mask:
+    """bool[n]: the same of all instructions, whichever the table."""
+    return contains(sites.exceptions, code.addr) | contains(sites.bugs, code.addr)
 
 
 def _follows(code: Code, rows: Rows, trait: Trait) -> Mask:
@@ -216,10 +234,12 @@ def _may_trap(code: Code, rows: Rows, sites: Sites) -> Mask:
     """Any instruction but those that leave for good, and ftrace's own sites.
 
     Nor what keeps interrupts off behind it: after a trap it does so no longer. Nor endbr64: the
-    kernel puts such a trap behind it, where ftrace has its site.
+    kernel puts such a trap behind it, where ftrace has its site. Nor what the kernel looks up by
+    its address: a kprobe runs it elsewhere, and again after a fault.
     """
     leaves = np.isin(code.flow[rows], (Flow.LEAVE, Flow.INVALID))
     leaves |= (code.trait[rows] & (Trait.SHADOW | Trait.ENDBR)) != 0
+    leaves |= is_searched(code, sites)[rows]
     return np.asarray(~leaves & ~contains(sites.ftrace, code.addr[rows]))
 
 
@@ -230,8 +250,8 @@ _DETAILS = {
     Reason.STATIC_CALL: "the kernel rewrites this instruction when a static call changes",
     Reason.LOCK_PREFIX: "the kernel may rewrite the lock prefix when CPUs come and go",
     Reason.RETPOLINE_SITE: "this kernel counts calls, a displaced one would be missed",
-    Reason.EXCEPTION_ENTRY: "a fault here is fixed up by its address",
-    Reason.BUG_ENTRY: "a warning or bug is reported by this address",
+    Reason.EXCEPTION_ENTRY: "a fault here is fixed up by its address, and a jump has no room",
+    Reason.BUG_ENTRY: "a warning is reported by this address, and a jump has no room",
     Reason.STI_SHADOW: "interrupts stay off for exactly this instruction",
     Reason.SWAPGS: "this function changes the gs base, which the counter needs",
     Reason.BUSY_FTRACE: "ftrace uses this site",

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kernweave.analysis.code import Code
+from kernweave.image.sites import Sites, contains
 from kernweave.x86.decode import Flow, Trait
 
 Mask = npt.NDArray[np.bool_]
@@ -26,8 +27,8 @@ _NEVER_GOES_ON = (Flow.RETURN, Flow.JUMP, Flow.INDIRECT_JUMP)
 class Runs:
     """Maximal stretches of instructions that can be replaced together.
 
-    Control enters a run only at its first instruction, and no task sleeps but in its last one:
-    calls come back behind it.
+    Control enters a run only at its first instruction, and no task sleeps but in that, which may
+    fault, and in its last one: calls come back behind it.
 
     Attributes:
         first: int64[n], row of the first instruction of each row's run; -1: not movable.
@@ -65,17 +66,18 @@ class Windows:
         return np.where(inside, found, -1)
 
 
-def find_runs(code: Code, movable: Mask, grouped: bool) -> Runs:
+def find_runs(code: Code, movable: Mask, sites: Sites, grouped: bool) -> Runs:
     """Divide code into runs.
 
     Args:
         code: the functions.
         movable: bool[n], instructions that can be displaced at all.
+        sites: the kernel's tables.
         grouped: whether several instructions may be replaced by one jump; if not, every
             instruction is a run.
     """
     shadow = (code.trait & Trait.SHADOW) != 0
-    joins = _joins(code, movable) if grouped else np.zeros(len(code.addr), bool)
+    joins = _joins(code, movable, sites) if grouped else np.zeros(len(code.addr), bool)
     # an instruction that keeps interrupts off behind it needs the next one in the same window
     movable = movable & ~(shadow & ~np.append(joins[1:], False))
     movable &= ~(np.append(False, shadow[:-1]) & ~joins)
@@ -90,16 +92,19 @@ def find_runs(code: Code, movable: Mask, grouped: bool) -> Runs:
     np.cumsum(code.length, out=at[1:])
     tail = np.maximum(end - 1, 0)
     filler = code.room[tail].astype(np.int64) - code.length[tail]
-    stop = at[end] + np.where(np.isin(code.flow[tail], _NEVER_GOES_ON), filler, 0)
+    over = np.isin(code.flow, _NEVER_GOES_ON) | contains(sites.fatal_bugs, code.addr)
+    stop = at[end] + np.where(over[tail], filler, 0)
     glued = np.zeros(count + 1, bool)
     glued[1:count] = joins[1:] & shadow[:-1]
     return Runs(np.where(movable, first, -1), end, at, stop, glued)
 
 
-def _joins(code: Code, movable: Mask) -> Mask:
+def _joins(code: Code, movable: Mask, sites: Sites) -> Mask:
     """bool[n]: rows that may follow the row before in a window."""
-    joins = movable & ~code.landing
-    before = movable & np.isin(code.flow, _GOES_ON) & ((code.trait & Trait.WAIT) == 0)
+    joins = movable & ~code.landing & ~contains(sites.exceptions, code.addr)
+    goes_on = np.isin(code.flow, _GOES_ON) | contains(sites.bugs, code.addr)
+    goes_on &= ~contains(sites.fatal_bugs, code.addr)
+    before = movable & goes_on & ((code.trait & Trait.WAIT) == 0)
     joins[:1] = False
     joins[1:] &= before[:-1] & (code.part[1:] == code.part[:-1])
     joins[1:] &= code.addr[:-1] + code.length[:-1] == code.addr[1:]

@@ -10,6 +10,13 @@ import iced_x86 as iced
 from kernweave.errors import InternalError
 
 JUMP_BYTES = 5
+#: calls of the hypervisor, which comes back behind them; they can be anywhere
+_HYPERCALLS = (
+    iced.Mnemonic.VMCALL,
+    iced.Mnemonic.VMMCALL,
+    iced.Mnemonic.VMGEXIT,
+    iced.Mnemonic.TDCALL,
+)
 _NEVER_RETURNS_HERE = (
     iced.FlowControl.CALL,  # it is a jump now
     iced.FlowControl.INDIRECT_CALL,
@@ -59,6 +66,8 @@ def relocate_insn(code: bytes, addr: int, new_addr: int) -> bytes:
     ins = iced.Decoder(64, code, ip=addr).decode()
     if ins.is_invalid or ins.len != len(code):
         raise InternalError(f"{code.hex()} is not one instruction")
+    if ins.mnemonic in _HYPERCALLS:
+        return code
     if ins.flow_control == iced.FlowControl.CALL:
         if not ins.is_call_near:
             raise InternalError(f"cannot displace {ins}")
@@ -78,10 +87,12 @@ def relocate_insn(code: bytes, addr: int, new_addr: int) -> bytes:
 
 
 def can_relocate(call: bytes) -> bool:
-    """Whether an indirect call can become a jump: near, and not by way of the stack pointer."""
+    """Whether a call can become a jump: near, and not by way of the stack pointer; or need not."""
     ins = iced.Decoder(64, call).decode()
     by_stack = iced.Register.RSP in (ins.memory_base, ins.op0_register)
-    return ins.is_call_near_indirect and not by_stack
+    if ins.is_call_near_indirect:
+        return not by_stack
+    return ins.is_call_near or ins.mnemonic in _HYPERCALLS
 
 
 def _as_jump(call: iced.Instruction, addr: int) -> bytes:
@@ -98,6 +109,6 @@ def way_back(code: bytes, addr: int, new_addr: int) -> bytes:
     speculatively.
     """
     ins = iced.Decoder(64, code, ip=addr).decode()
-    if ins.flow_control in _NEVER_RETURNS_HERE:
+    if ins.flow_control in _NEVER_RETURNS_HERE and ins.mnemonic not in _HYPERCALLS:
         return b"\xcc"
     return encode_jump(new_addr, addr + len(code))

@@ -8,7 +8,8 @@
  *   3. sealed: read-only, then executable, then all CPUs synchronised;
  *   4. reachable while a transaction's jumps lead into it;
  *   5. unreachable again (stamped), but tasks may still be inside;
- *   6. quiescent, then freed.
+ *   6. quiescent, and no task is going to come back into a copy that faulted
+ *      (fault.c), then freed.
  */
 #include <linux/cpu.h>
 #include <linux/mm.h>
@@ -24,6 +25,8 @@ static LIST_HEAD(kw_retired); /* areas of closed sessions; under kw_lock */
 static u64 kw_stamp = 1;      /* under kw_lock */
 static u64 kw_quiesced;       /* areas stamped up to here are free of visitors; kw_lock */
 static u64 kw_next_id = 1;
+
+#define KW_REAP_JIFFIES (HZ / 2)
 
 static void kw_idle_pass(struct work_struct *work)
 {
@@ -76,8 +79,10 @@ bool kw_stamp_passed(u64 stamp)
 	return stamp && stamp <= kw_quiesced;
 }
 
+/* Its copies are no longer known. */
 static void kw_code_free(struct kw_code *code)
 {
+	bool held = code->held;
 	u32 i;
 
 	for (i = 0; i < code->nr_chunks; i++)
@@ -86,6 +91,8 @@ static void kw_code_free(struct kw_code *code)
 	if (code->mem)
 		kw_syms.free_code(code->mem);
 	kfree(code);
+	if (held)
+		module_put(THIS_MODULE);
 }
 
 static bool kw_code_is_free(const struct kw_code *code)
@@ -100,35 +107,54 @@ void kw_area_unreachable(struct kw_code *code)
 		code->stamp = kw_stamp;
 }
 
+static void kw_reap(struct work_struct *work);
+static DECLARE_DELAYED_WORK(kw_reaper, kw_reap);
+
 static void kw_reap(struct work_struct *work)
 {
 	struct kw_code *code, *next;
+	bool visited = false;
 
 	kw_quiesce();
 	mutex_lock(&kw_lock);
 	list_for_each_entry_safe(code, next, &kw_retired, link) {
 		if (!kw_code_is_free(code))
 			continue;
+		if (kw_copies_visitors(code)) {
+			visited = true;
+			continue;
+		}
 		list_del(&code->link);
 		kw_code_free(code);
 	}
+	if (visited)
+		schedule_delayed_work(&kw_reaper, KW_REAP_JIFFIES);
 	mutex_unlock(&kw_lock);
 }
-
-static DECLARE_WORK(kw_reaper, kw_reap);
 
 /* Hand an area over to be freed when nobody can be in it; never waits. */
 void kw_area_retire(struct kw_code *code)
 {
 	lockdep_assert_held(&kw_lock);
 	list_move(&code->link, &kw_retired);
+	if (code->copies && !code->held) {
+		__module_get(THIS_MODULE);
+		code->held = true;
+	}
 	if (!code->users)
-		schedule_work(&kw_reaper);
+		mod_delayed_work(system_wq, &kw_reaper, 0);
 }
 
+/* Free what can be freed by now. */
+void kw_areas_settle(void)
+{
+	flush_delayed_work(&kw_reaper);
+}
+
+/* Nothing that is held is left here. */
 void kw_areas_exit(void)
 {
-	flush_work(&kw_reaper);
+	flush_delayed_work(&kw_reaper);
 	kw_reap(NULL);
 	WARN_ON(!list_empty(&kw_retired));
 }
@@ -294,16 +320,25 @@ int kw_area_counters(struct kw_session *s, const struct kw_slice *req, struct kw
 	return 0;
 }
 
-int kw_area_free(struct kw_session *s, const struct kw_slice *req)
+/* What tasks are going to come back to is handed over, and freed when they have left. */
+int kw_area_free(struct kw_session *s, const struct kw_slice *req, struct kw_out *out)
 {
 	struct kw_code *code = kw_area_find(s, req->area);
+	struct kw_size *rep = kw_reserve(out, sizeof(*rep));
 
+	if (!rep)
+		return -ENOSPC;
 	if (!code)
 		return -ENOENT;
 	if (code->users)
 		return -EBUSY;
 	if (!kw_code_is_free(code))
 		return -EAGAIN;
+	rep->value = kw_copies_visitors(code);
+	if (rep->value) {
+		kw_area_retire(code);
+		return 0;
+	}
 	list_del(&code->link);
 	kw_code_free(code);
 	return 0;

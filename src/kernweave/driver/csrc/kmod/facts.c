@@ -47,6 +47,7 @@ int kw_facts(struct kw_out *out)
 	f->text_end = kw_syms.etext;
 	f->yield = (unsigned long)kw_ftrace_yield;
 	f->kprobe_yield = (unsigned long)kw_kprobe_yield;
+	f->native = (unsigned long)kw_native_addr;
 	f->pinned = kw_count_pinned();
 	f->flags = kw_fact_flags();
 	f->cpus = num_possible_cpus();

@@ -52,6 +52,10 @@ struct kw_code {
 	bool sealed;
 	u32 users;  /* transactions whose jumps lead here and are not undone */
 	u64 stamp;  /* kw_stamp when it became unreachable, 0: never was reachable */
+	struct kw_copy *copies;  /* ascending; NULL: none */
+	u32 nr_copies;
+	struct list_head copied; /* among all areas with copies */
+	bool held;               /* by a reference to this kmod: its session is gone */
 	u32 nr_chunks;
 	u32 max_chunks;
 	struct kw_percpu {
@@ -146,14 +150,21 @@ int kw_area_percpu(struct kw_session *s, const struct kw_slice *req, struct kw_o
 int kw_area_write(struct kw_session *s, const struct kw_slice *req, const u8 *data, size_t len);
 int kw_area_seal(struct kw_session *s, const struct kw_slice *req);
 int kw_area_counters(struct kw_session *s, const struct kw_slice *req, struct kw_out *out);
-int kw_area_free(struct kw_session *s, const struct kw_slice *req);
+int kw_area_free(struct kw_session *s, const struct kw_slice *req, struct kw_out *out);
 struct kw_code *kw_area_find(struct kw_session *s, u64 id);
 void kw_area_unreachable(struct kw_code *code);
 void kw_area_retire(struct kw_code *code);
+void kw_areas_settle(void);
 void kw_areas_exit(void);
 void kw_quiesce(void);
 u64 kw_stamp_now(void);
 bool kw_stamp_passed(u64 stamp);
+
+unsigned long kw_native_addr(unsigned long addr);
+bool kw_copies_exist(void);
+int kw_copies_set(struct kw_session *s, const struct kw_slice *req, const struct kw_copy *rows,
+		  size_t len);
+u32 kw_copies_visitors(struct kw_code *code);
 
 int kw_text_commit(struct kw_session *s, const struct kw_commit *req, const struct kw_poke *pokes,
 		   size_t len, struct kw_out *out);

@@ -14,7 +14,7 @@
 #include <linux/types.h>
 
 #ifndef KW_UAPI_VERSION
-#define KW_UAPI_VERSION 2
+#define KW_UAPI_VERSION 3
 #endif
 
 #define KW_MAGIC 0x5245574bu /* "KWER" */
@@ -72,10 +72,11 @@ enum kw_op {
 	KW_OP_STATES = 15,  /* kw_size{transaction} -> u8 kw_state per poke */
 	KW_OP_QUIESCE = 16, /* wait until nobody can be in unreachable code */
 	KW_OP_COUNTERS = 17, /* kw_slice{area, chunk, bytes} -> per possible CPU the bytes */
-	KW_OP_FREE = 18,    /* kw_slice{area}; EAGAIN until quiesced */
+	KW_OP_FREE = 18,    /* kw_slice{area} -> kw_size{visitors}; EAGAIN until quiesced */
 	KW_OP_FORGET = 19,  /* kw_size{transaction}: drop an undone transaction */
 	KW_OP_ARM = 20,     /* kw_commit and kw_trap[] -> s64: the set, then a status per trap */
 	KW_OP_DISARM = 21,  /* kw_size{set} -> u64 missed hits per trap */
+	KW_OP_COPIES = 22,  /* kw_slice{area, 0, count} and kw_copy[], before it is sealed */
 };
 
 #define KW_WRITER 1u /* kw_hello.flags: this session will change text */
@@ -95,6 +96,7 @@ struct kw_facts {
 	__u64 text_end;     /* _etext */
 	__u64 yield;        /* address to be called before ftrace changes text */
 	__u64 kprobe_yield; /* the same before a kprobe is put at its argument */
+	__u64 native;       /* address that gives the native address for that of a copy */
 	__u64 pinned;       /* sites that could not be restored yet */
 	__u32 flags;
 	__u32 cpus;         /* possible CPUs = rows of KW_OP_COUNTERS */
@@ -160,6 +162,15 @@ struct kw_chunk {
 	__u64 offset; /* gs-relative address of the chunk on every CPU */
 };
 
+/*
+ * A copy that is looked up by its address when it faults or traps.  Ascending by
+ * addr.  ENOLINK until a poke with KW_POKE_KEEP is placed.
+ */
+struct kw_copy {
+	__u64 addr;
+	__u64 native;
+};
+
 struct kw_commit {
 	__u64 area; /* every new jump must lead into it */
 	__u64 count;
@@ -167,6 +178,7 @@ struct kw_commit {
 
 #define KW_POKE_GROUP 1u /* replaces several instructions: somebody may be between them */
 #define KW_POKE_HOST 2u  /* has springboards behind its jump, or is one itself */
+#define KW_POKE_KEEP 4u  /* stays as long as any area has copies */
 
 /*
  * new_ is a 5-byte jump into the area, and for the rest of what it replaces int3
@@ -194,7 +206,7 @@ enum kw_state {
 	KW_RESTORED = 3, /* old bytes written, read again and compared */
 	KW_STUCK = 4,    /* somebody else's bytes are there: pinned until they leave */
 	KW_ARMED = 5,    /* int3 is on the first byte: waiting until nobody is behind it */
-	KW_HELD = 6,     /* its springboards may still be in use: pinned for a grace period */
+	KW_HELD = 6,     /* its springboards or copies may still be in use: pinned until not */
 };
 
 struct kw_undone {

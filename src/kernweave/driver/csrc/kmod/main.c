@@ -71,6 +71,7 @@ static const struct kw_rule {
 	[KW_OP_FORGET] = { sizeof(struct kw_size), true },
 	[KW_OP_ARM] = { sizeof(struct kw_commit), true },
 	[KW_OP_DISARM] = { sizeof(struct kw_size), true },
+	[KW_OP_COPIES] = { sizeof(struct kw_slice), true },
 };
 
 /* Requests that change something; kw_lock held. */
@@ -96,13 +97,15 @@ static int kw_change(struct kw_session *s, u16 op, const u8 *p, size_t len, stru
 	case KW_OP_COUNTERS:
 		return kw_area_counters(s, (void *)p, out);
 	case KW_OP_FREE:
-		return kw_area_free(s, (void *)p);
+		return kw_area_free(s, (void *)p, out);
 	case KW_OP_FORGET:
 		return kw_forget(s, (void *)p);
 	case KW_OP_ARM:
 		return kw_trap_arm(s, (void *)p, (void *)(p + commit), len - commit, out);
 	case KW_OP_DISARM:
 		return kw_trap_disarm(s, (void *)p, out);
+	case KW_OP_COPIES:
+		return kw_copies_set(s, (void *)p, (void *)(p + slice), len - slice);
 	}
 	return -EOPNOTSUPP;
 }

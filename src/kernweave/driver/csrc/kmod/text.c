@@ -272,10 +272,13 @@ static void kw_restore_one(struct kw_txn *t, u32 i)
 
 static bool kw_may_restore(struct kw_txn *t, u32 i)
 {
-	if (!(t->pokes[i].flags & KW_POKE_HOST) || kw_stamp_passed(t->stamp))
-		return true;
-	t->states[i] = KW_HELD;
-	return false;
+	u32 flags = t->pokes[i].flags;
+	bool held = (flags & KW_POKE_HOST && !kw_stamp_passed(t->stamp)) ||
+		    (flags & KW_POKE_KEEP && kw_copies_exist());
+
+	if (held)
+		t->states[i] = KW_HELD;
+	return !held;
 }
 
 /* Write the old bytes of what is placed in [from, to), read again and compare. */

@@ -214,11 +214,13 @@ static void kw_retry(struct work_struct *work)
 	mutex_unlock(&kw_lock);
 }
 
-/* A new session finds no springboards that only wait for their grace period. */
+/* A new session finds nothing that only waits for a grace period. */
 void kw_undo_settle(void)
 {
-	if (kw_any_held())
-		flush_delayed_work(&kw_retrier);
+	if (!kw_any_held())
+		return;
+	kw_areas_settle();
+	flush_delayed_work(&kw_retrier);
 }
 
 /* Called with kw_lock held when a session ends, however it ends; never waits for a grace period. */

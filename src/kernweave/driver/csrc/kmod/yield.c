@@ -41,8 +41,9 @@ static void kw_evict(u64 addr)
 
 /*
  * Groups only: a kprobe on the jump of a single instruction is no harm.  One with
- * springboards stays, as somebody may be on one, and so does one whose jump a
- * kprobe has already copied: then the kernel refuses the new kprobe.
+ * springboards stays, as somebody may be on one, and so do those that faults in
+ * copies need, and one whose jump a kprobe has already copied: then the kernel
+ * refuses the new kprobe.
  */
 static void kw_evict_around(u64 addr)
 {
@@ -51,7 +52,7 @@ static void kw_evict_around(u64 addr)
 
 	list_for_each_entry(t, &kw_txns, global) {
 		p = kw_poke_around(t, addr);
-		if (!p || !(p->flags & KW_POKE_GROUP) || p->flags & KW_POKE_HOST)
+		if (!p || !(p->flags & KW_POKE_GROUP) || p->flags & (KW_POKE_HOST | KW_POKE_KEEP))
 			continue;
 		if (!kw_text_has_kprobe(p))
 			kw_text_give_back(t, p - t->pokes);
