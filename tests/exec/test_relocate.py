@@ -355,6 +355,15 @@ def test_relocation_of_call_by_the_stack_pointer_is_refused() -> None:
         relocate_insn(code, SITE, CLONE)
 
 
+@pytest.mark.parametrize("code", [Code.VMCALL, Code.VMMCALL, Code.VMGEXIT], ids=str)
+def test_call_of_the_hypervisor_stays_as_it_is_and_comes_back(code: Any) -> None:
+    native = assemble(SITE, Instruction.create(code))
+    assert can_relocate(native)
+    assert relocate_insn(native, SITE, CLONE) == native
+    behind = CLONE + len(native)
+    assert way_back(native, SITE, behind) == encode_jump(behind, SITE + len(native))
+
+
 def test_relocated_code_that_does_not_return_ends_in_int3() -> None:
     for name in ("ret", "jump ahead", "jump through memory", "short jump"):
         assert displaced(TABLE[name])[-1:] == b"\xcc"

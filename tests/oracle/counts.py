@@ -19,7 +19,7 @@ from kernweave.model.point import Kind
 from kernweave.session.session import Session
 from oracle.copies import disassemble, why_different
 from oracle.lab import OracleLab
-from oracle.oracle import Counts
+from oracle.oracle import Counts, Oracle
 
 NOP5 = bytes.fromhex("0f1f440000")
 MAX_INSN = 15
@@ -28,6 +28,7 @@ Fault = Callable[[Plan], Plan]
 Hits = dict[tuple[int, Kind], int]
 
 _MASK = (1 << 64) - 1
+_FAULT_ENTRIES = ("asm_exc_page_fault", "asm_exc_general_protection")
 _NO_WAY_ON = (x86.X86_INS_JMP, x86.X86_INS_RET, x86.X86_INS_IRETQ)
 
 
@@ -90,6 +91,7 @@ class Measured:
         window: executions from before the commit to after detach, taken at two stops; of the
             sites, what is behind their nops, and their copies.
         inside: the same between end of commit and start of detach.
+        restarts: by address of a copy that may fault, its executions that are no arrivals.
     """
 
     sites: dict[int, Site]
@@ -98,6 +100,7 @@ class Measured:
     hits: Hits
     window: Counts
     inside: Counts
+    restarts: dict[int, int]
 
 
 def measure(
@@ -108,16 +111,19 @@ def measure(
     fault: Fault | None = None,
 ) -> Measured:
     """Count `points` during `work`, the plan changed by `fault`."""
-    witness = _Witness(k, fault)
+    witness = _Witness(k, machine.oracle, fault)
     before = machine.snapshot()
-    with k.count(*points, tactics=TACTICS, amend=witness) as attachment:
-        plan = attachment.plan
-        live = k.read(plan.base, len(plan.code))
-        sites, windows = witness.sites(live), witness.windows(live)
-        begin = machine.snapshot()
-        work()
-        end = machine.snapshot()
-    after = machine.snapshot()
+    try:
+        with k.count(*points, tactics=TACTICS, amend=witness) as attachment:
+            plan = attachment.plan
+            live = k.read(plan.base, len(plan.code))
+            sites, windows = witness.sites(live), witness.windows(live)
+            begin = machine.snapshot()
+            work()
+            end = machine.snapshot()
+        after = machine.snapshot()
+    finally:
+        restarts = witness.restarts()
     assert attachment.text_restored
     assert attachment.exact().all()
     counted = plan.addr[attachment.site].tolist()  # behind an endbr64 that was asked for
@@ -125,7 +131,7 @@ def measure(
     hits = dict(zip(keys, attachment.hits().tolist(), strict=True))
     functions = frozenset(point.function for point in attachment.placed)
     window, inside = (_only(sites, counts) for counts in (after.since(before), end.since(begin)))
-    return Measured(sites, windows, functions, hits, window, inside)
+    return Measured(sites, windows, functions, hits, window, inside, restarts)
 
 
 def _only(sites: dict[int, Site], counts: Counts) -> Counts:
@@ -144,8 +150,9 @@ def _only(sites: dict[int, Site], counts: Counts) -> Counts:
 class _Witness:
     """Is shown the plan before its commit; reads what it is going to change."""
 
-    def __init__(self, session: Session, fault: Fault | None) -> None:
-        self._session, self._fault = session, fault
+    def __init__(self, session: Session, oracle: Oracle, fault: Fault | None) -> None:
+        self._session, self._oracle, self._fault = session, oracle, fault
+        self._watched = False
 
     def __call__(self, plan: Plan) -> Plan:
         read = self._session.driver.read_ranges
@@ -156,7 +163,28 @@ class _Witness:
         self._old = read(plan.pokes.addr, plan.pokes.addr + sizes.astype(np.uint64))
         self._targets = _branch_targets(self._session, plan)
         self._plan = self._fault(plan) if self._fault else plan
+        self._watch(plan)
         return self._plan
+
+    def _watch(self, plan: Plan) -> None:
+        """Measure restarts of what may fault, from before anybody can be there."""
+        copies = plan.copies.addr.tolist()
+        if not copies:
+            return
+        sizes = [
+            disassemble(_at(plan.code, addr - plan.base, MAX_INSN), addr)[0].size for addr in copies
+        ]
+        find = self._session.view.images[0].find
+        self._oracle.watch(copies, sizes, [find(name)[0] for name in _FAULT_ENTRIES])
+        self._watched = True
+
+    def restarts(self) -> dict[int, int]:
+        """Executions of each copy that may fault that were no arrivals; ends the measurement."""
+        if not self._watched:
+            return {}
+        self._watched = False
+        rows = self._oracle.unwatch()
+        return dict(zip(rows["vaddr"].tolist(), rows["restarts"].tolist(), strict=True))
 
     def sites(self, live: bytes) -> dict[int, Site]:
         plan = self._plan
@@ -256,7 +284,10 @@ def arrivals(measured: Measured) -> dict[int, int]:
     """Return, by site, executions of the copy; of the jump back where nothing was displaced."""
     sites = list(measured.sites.values())
     counts = measured.window.at_code([s.copy for s in sites], [s.arrival for s in sites])
-    return dict(zip(measured.sites, counts.tolist(), strict=True))
+    return {
+        site.addr: count - measured.restarts.get(site.copy, 0)
+        for site, count in zip(sites, counts.tolist(), strict=True)
+    }
 
 
 def per_cpu(measured: Measured) -> dict[int, tuple[int, int]]:

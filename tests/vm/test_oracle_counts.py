@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from guest import FAULTING, names_of, program
 
 import kernweave
 from kernweave.model.plan import Plan, Tactic
@@ -141,6 +142,24 @@ def _record(row: dict[str, Any]) -> None:
     kept = [other for other in rows if other["mode"] != row["mode"]]
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps([*kept, row], indent=1) + "\n")
+
+
+FAULT_ROUNDS = {"bad": 200, "lazy": 100}
+
+
+@pytest.mark.parametrize("kind", FAULT_ROUNDS)
+def test_counts_of_what_faults_equal_the_oracle(machine: OracleLab, kind: str) -> None:
+    """Instructions that are fixed up, or run again when their page is there: one hit each."""
+    with kernweave.connect(machine.target, progress=print) as k:
+        known = set(names_of(k)[1])
+        points = [f"{name}@insns" for name in FAULTING if name in known]
+        command = [program("faults"), kind, str(FAULT_ROUNDS[kind])]
+        measured = measure(machine, k, points, lambda: _run(k, command))
+        exceptions = k.view.sites.exceptions.tolist()
+    assert differences(measured) == []
+    faulting = {addr: hits for addr, hits in arrivals(measured).items() if addr in exceptions}
+    assert sum(hits > 0 for hits in faulting.values()) >= 3
+    assert sum(faulting.values()) >= FAULT_ROUNDS[kind]
 
 
 # ---- traps -------------------------------------------------------------------------------------

@@ -25,8 +25,8 @@ from kernweave.splice.hook import (
 _FTRACE_UPDATE = "ftrace_replace_code"
 #: it asks for the text at a kprobe's address before anything else
 _KPROBE_CHECK = ("arch_prepare_kprobe", "alternatives_text_reserved")
-#: search the exception tables, and the bug tables, for their first argument
-_SEARCHES = ("search_exception_tables", "report_bug")
+#: where the address of what faulted or trapped is looked up, or printed, and the register it is in
+_SEARCHES = {"search_exception_tables": "rdi", "find_bug": "rdi", "__warn": "rdx"}
 
 
 class Hooks:
@@ -84,14 +84,14 @@ class Hooks:
     def _search_hooks(self) -> list[Hook]:
         """One hook per search, as far as there is room where the argument is untouched."""
         found = []
-        for name in _SEARCHES:
+        for name, register in _SEARCHES.items():
             code = self._code(name)
             if code is None:
                 continue
             code = replace(code, landing=code.landing | self._known.landing(code))
             window = entry_window(code, self._view.sites)
             if window:
-                found.append(Hook(code, *window, self._driver.facts.native_addr, True))
+                found.append(Hook(code, *window, self._driver.facts.native_addr, register))
         return found
 
     def _ftrace_site(self) -> tuple[Code, int] | None:

@@ -2,8 +2,9 @@
 """A splice that calls a C function of the driver: to yield to others, to find native addresses.
 
     push %rax .. %r11; pushfq
+    mov  %rdx, %rdi                 where that is to be translated
     call target
-    mov  %rax, (saved %rdi)         where it translates its argument
+    mov  %rax, (saved %rdx)         the same
     popfq; pop %r11 .. %rax
     displaced instructions
     jmp  back
@@ -24,13 +25,18 @@ from kernweave.analysis.code import Code
 from kernweave.image.sites import Sites, contains
 from kernweave.model.plan import Pokes, Tactic
 from kernweave.splice.place import Rules, place
-from kernweave.x86.decode import Flow
+from kernweave.x86.decode import Flow, Trait
 from kernweave.x86.relocate import JUMP_BYTES, encode_jump, relocate_insn, way_back
 
 #: rax, rcx, rdx, rsi, rdi, r8 .. r11, then the flags
 _SAVE = bytes.fromhex("50 51 52 56 57 4150 4151 4152 4153 9c")
 _RESTORE = bytes.fromhex("9d 415b 415a 4159 4158 5f 5e 5a 59 58")
-_CHANGE_RDI = bytes.fromhex("48 89 44 24 28")  # mov %rax, 0x28(%rsp)
+#: register that is translated: what goes before the call, and behind it
+_TRANSLATE = {
+    None: (b"", b""),
+    "rdi": (b"", bytes.fromhex("48 89 44 24 28")),  # mov %rax, 0x28(%rsp)
+    "rdx": (bytes.fromhex("48 89 d7"), bytes.fromhex("48 89 44 24 38")),
+}
 _ALIGN = 16
 
 
@@ -43,7 +49,7 @@ class Hook:
         first: row of the first instruction displaced.
         end: row behind the last.
         target: run-time address of the C function.
-        translates: whether it gives a new first argument for the old one; then the hook stays as
+        translates: register for whose value it gives another one, if any; then the hook stays as
             long as there are copies that are looked up by their address.
     """
 
@@ -51,7 +57,7 @@ class Hook:
     first: int
     end: int
     target: int
-    translates: bool = False
+    translates: str | None = None
 
     @property
     def addr(self) -> int:
@@ -83,9 +89,8 @@ def call_row(code: Code, callee: int, sites: Sites) -> int:
 
 def entry_window(code: Code, sites: Sites) -> tuple[int, int] | None:
     """First and end row of what can be displaced where a function has not done anything yet."""
-    row = 0
-    while code.in_force[row] or contains(sites.ftrace, code.addr[row : row + 1])[0]:
-        row += 1
+    idle = ((code.trait & Trait.ENDBR) != 0) | contains(sites.ftrace, code.addr)
+    row = int(np.argmin(idle))
     rules = Rules(tactics=(Tactic.JMP32, Tactic.GROUP))
     windows = place(code, np.array([row]), sites, rules).boards.windows
     if len(windows.first) != 1 or windows.first[0] != row:
@@ -107,7 +112,7 @@ def bind_hooks(hooks: Sequence[Hook], base: int) -> tuple[bytes, Pokes]:
         new=tuple(new),
         group=np.array([hook.end - hook.first > 1 for hook in hooks]),
         host=np.zeros(len(hooks), bool),
-        keep=np.array([hook.translates for hook in hooks]),
+        keep=np.array([hook.translates is not None for hook in hooks]),
     )
     return bytes(body), pokes
 
@@ -118,9 +123,10 @@ def hook_size(hooks: Sequence[Hook]) -> int:
 
 
 def _encode(hook: Hook, base: int) -> bytes:
-    call_at = base + len(_SAVE)
+    before, behind = _TRANSLATE[hook.translates]
+    call_at = base + len(_SAVE) + len(before)
     call = b"\xe8" + struct.pack("<i", hook.target - (call_at + JUMP_BYTES))
-    body = _SAVE + call + (_CHANGE_RDI if hook.translates else b"") + _RESTORE
+    body = _SAVE + before + call + behind + _RESTORE
     for row in range(hook.first, hook.end):
         body += relocate_insn(hook.code.raw(row), int(hook.code.addr[row]), base + len(body))
     last = hook.end - 1

@@ -1,17 +1,20 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /*
  * Functions of a kmod that are called once per write to a parameter: `work` runs them, `key` and
- * `call` flip a static key and change a static call inside them.
+ * `call` flip a static key and change a static call inside them; `warn` warns, and `bug` ends the
+ * task that writes.
  */
+#include <linux/bug.h>
 #include <linux/jump_label.h>
 #include <linux/module.h>
 #include <linux/static_call.h>
 
-static ulong plain, keyed, first, second; /* what was really called, seen from inside */
+static ulong plain, keyed, first, second, warned; /* what was really called, seen from inside */
 module_param(plain, ulong, 0444);
 module_param(keyed, ulong, 0444);
 module_param(first, ulong, 0444);
 module_param(second, ulong, 0444);
+module_param(warned, ulong, 0444);
 
 static DEFINE_STATIC_KEY_FALSE(kw_key);
 
@@ -43,6 +46,28 @@ static int set_work(const char *text, const struct kernel_param *kp)
 	return 0;
 }
 
+noinline void kw_subject_warn(ulong value);
+noinline void kw_subject_warn(ulong value)
+{
+	WARN_ON(value == 1);
+	WARN_ON_ONCE(value == 1);
+	BUG_ON(value == 2);
+	WRITE_ONCE(warned, READ_ONCE(warned) + 1);
+}
+
+static int set_warn(const char *text, const struct kernel_param *kp)
+{
+	kw_subject_warn(1);
+	return 0;
+}
+
+static int set_bug(const char *text, const struct kernel_param *kp)
+{
+	kernel_param_unlock(THIS_MODULE); /* nobody is there to do it afterwards */
+	kw_subject_warn(2);
+	return 0;
+}
+
 static int set_key(const char *text, const struct kernel_param *kp)
 {
 	if (*text == '1')
@@ -59,9 +84,13 @@ static int set_call(const char *text, const struct kernel_param *kp)
 }
 
 static const struct kernel_param_ops work_ops = { .set = set_work };
+static const struct kernel_param_ops warn_ops = { .set = set_warn };
+static const struct kernel_param_ops bug_ops = { .set = set_bug };
 static const struct kernel_param_ops key_ops = { .set = set_key };
 static const struct kernel_param_ops call_ops = { .set = set_call };
 module_param_cb(work, &work_ops, NULL, 0200);
+module_param_cb(warn, &warn_ops, NULL, 0200);
+module_param_cb(bug, &bug_ops, NULL, 0200);
 module_param_cb(key, &key_ops, NULL, 0200);
 module_param_cb(call, &call_ops, NULL, 0200);
 

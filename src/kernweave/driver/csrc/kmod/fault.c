@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /*
  * Copies of instructions that the kernel looks up by their address: when one of
- * these faults or traps, the exception table or the bug table is asked, and they
- * know the native address only.
+ * these faults or traps, the exception table or the bug table is asked, which know
+ * the native address only.
  *
  * The brain splices a call to kw_native_addr() into the functions that search
  * these tables.  The splices stay as long as there are such copies, whoever made
