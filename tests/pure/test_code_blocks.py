@@ -88,6 +88,14 @@ def test_what_arrives_at_endbr_is_told_behind_it_unless_others_arrive_there() ->
     assert code.past_endbr(np.arange(1)).tolist() == [0]
 
 
+@pytest.mark.parametrize("seal", ["660f1f00", "0f1f40d6"])
+def test_nop_in_the_place_of_endbr64_is_told_behind_it_before_ftrace(seal: str) -> None:
+    _, code = build(bytes.fromhex(seal), NOP5, MOVE, RET)
+    assert code.past_endbr(np.arange(4)).tolist() == [1, 1, 2, 3]
+    _, code = build(bytes.fromhex(seal), MOVE, RET)
+    assert code.past_endbr(np.arange(3)).tolist() == [0, 1, 2]
+
+
 def test_nop_that_control_reaches_is_kept() -> None:
     source, code = build(MOVE, NOP, LONG_NOP, MOVE, RET)
     assert code.addr.tolist() == list(source.at)

@@ -17,6 +17,7 @@ from kernweave.x86.decode import Decoded, Flow, Trait, decode
 Mask = npt.NDArray[np.bool_]
 _ENDS_FLOW = (Flow.JUMP, Flow.RETURN, Flow.INDIRECT_JUMP, Flow.LEAVE)
 _ENDS_BLOCK = (*_ENDS_FLOW, Flow.BRANCH)
+_FTRACE_BYTES = 5  # of its nop
 #: what the kernel writes over the endbr64 of functions whose address it takes nowhere: a nop that
 #: no compiler writes; that of 6.1 and 6.12, and that of 7.2
 #:
@@ -105,12 +106,15 @@ class Code:
     def past_endbr(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """int64[m]: rows that are passed as often as those given, behind an endbr64 if it is one.
 
-        Nothing can be put on an endbr64 in force; whoever arrives there comes to the next
-        instruction, and nobody else does, unless that begins a block.
+        Nothing can be put on an endbr64 in force, and the nop of a sealed one has no room before
+        the five-byte nop of ftrace; whoever arrives there comes to the next instruction, and
+        nobody else does, unless that begins a block.
         """
         behind = np.minimum(rows + 1, max(len(self.addr) - 1, 0))
         same = (self.part[behind] == self.part[rows]) & ~self.leader[behind]
-        return np.where(same & self.in_force[rows], behind, rows)
+        nop = ((self.trait[behind] & Trait.NOP) != 0) & (self.length[behind] == _FTRACE_BYTES)
+        sealed = (self.trait[rows] & Trait.ENDBR) != 0
+        return np.where(same & (self.in_force[rows] | (sealed & nop)), behind, rows)
 
     @cached_property
     def in_force(self) -> Mask:

@@ -26,7 +26,7 @@ _FTRACE_UPDATE = "ftrace_replace_code"
 #: it asks for the text at a kprobe's address before anything else
 _KPROBE_CHECK = ("arch_prepare_kprobe", "alternatives_text_reserved")
 #: where the address of what faulted or trapped is looked up, or printed, and the register it is in
-_SEARCHES = {"search_exception_tables": "rdi", "find_bug": "rdi", "__warn": "rdx"}
+SEARCHES = {"search_exception_tables": "rdi", "find_bug": "rdi", "__warn": "rdx"}
 
 
 class Hooks:
@@ -69,7 +69,7 @@ class Hooks:
 
     def can_translate(self) -> bool:
         """Whether instructions may be displaced that the kernel looks up by their address."""
-        return self._searches or len(self._search_hooks()) == len(_SEARCHES)
+        return self._searches or len(self._search_hooks()) == len(SEARCHES)
 
     def translate(self) -> None:
         """Before such an instruction is displaced: searches for its copy find its native address.
@@ -84,7 +84,7 @@ class Hooks:
     def _search_hooks(self) -> list[Hook]:
         """One hook per search, as far as there is room where the argument is untouched."""
         found = []
-        for name, register in _SEARCHES.items():
+        for name, register in SEARCHES.items():
             code = self._code(name)
             if code is None:
                 continue
