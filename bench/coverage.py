@@ -125,9 +125,9 @@ def _document(figures: dict[str, dict[str, Any]]) -> str:
         lines.append(_row(f"`{word}`", [_cell(f, word) for f in columns]))
     lines += [
         "",
-        "The last three are refused: there is no room for a jump, and a trap would not be exact.",
-        "Of the instructions with an entry in the exception table or in a bug table, about 8,000 in",
-        "6.1, all others are displaced: the kernel's searches find the native address for a copy's.",
+        "The last three are refused: a jump has no room, and a trap would not be exact. All other",
+        "instructions with an entry in the exception table or in a bug table, about 8,000 in 6.1,",
+        "are displaced: the kernel's searches find the native address for that of a copy.",
         "",
         "Traps, by bytes of the instruction: "
         + "; ".join(
