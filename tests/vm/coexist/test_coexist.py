@@ -7,21 +7,11 @@ import random
 from collections.abc import Iterator
 
 import pytest
-from guest import (
-    JUMPS,
-    TRACING,
-    assert_exact,
-    booted,
-    kmodctl,
-    names_of,
-    program,
-    read_text,
-    shell,
-    target,
-    until,
-)
+from guest import JUMPS, TRACING, assert_exact, kmodctl, names_of, program, read_text, target
 
 import kernweave
+from coexist.counting import refusals, until_unpinned
+from coexist.others import PREEMPT, Kprobes, Tracer, shell
 from kernweave.driver.link import Link
 from kernweave.driver.uapi import Owner
 from kernweave.errors import Reason, RefusedError
@@ -35,13 +25,6 @@ SCHEDULER = ("try_to_wake_up", "ttwu_do_wakeup", "__schedule", "enqueue_task_fai
 SEED = 20991122
 
 
-@pytest.fixture(scope="module")
-def machine() -> Iterator[Lab]:
-    """One lab for all of these tests; its log must stay clean."""
-    with booted("coexist") as lab:
-        yield lab
-
-
 @pytest.fixture
 def lab(machine: Lab) -> Iterator[Lab]:
     """The lab, with its text compared before and after, and a session that counts in the end."""
@@ -50,27 +33,6 @@ def lab(machine: Lab) -> Iterator[Lab]:
     assert_exact(machine)
     assert not before.changed(read_text(machine))
     assert not machine.trouble()
-
-
-@pytest.fixture
-def session(lab: Lab) -> Iterator[Session]:
-    with kernweave.connect(target(lab)) as made:
-        yield made
-
-
-@pytest.fixture
-def other(lab: Lab) -> Iterator[Link]:
-    """A second session, of somebody else, who tidies up."""
-    with lab.connect() as link:
-        yield link
-        shell(
-            link,
-            f"""cd {TRACING}
-            echo nop > current_tracer
-            echo > set_ftrace_filter
-            for e in events/kprobes/*/enable; do [ ! -e $e ] || echo 0 > $e; done
-            echo > kprobe_events""",
-        )
 
 
 def insns(*functions: str) -> list[str]:
@@ -90,22 +52,21 @@ def points_of(hits: Attachment, tactic: str) -> list[tuple[str, int]]:
 
 
 def test_static_key_that_flips_inside_counted_functions_does_no_harm(
-    session: Session, other: Link
+    session: Session, link: Link
 ) -> None:
     with session.count(*insns(*SCHEDULER), partial=True, tactics=JUMPS) as hits:
         assert Reason.JUMP_LABEL in {one.reason for one in hits.refused}
         for _ in range(5):
             for value in (1, 0):
-                shell(other, f"echo {value} > /proc/sys/kernel/sched_schedstats")
+                shell(link, f"echo {value} > /proc/sys/kernel/sched_schedstats")
                 work(session, 1)
     assert hits.text_restored
     assert sum(row.hits for row in hits.rows()) > 0
 
 
 def test_static_calls_that_change_inside_counted_functions_do_no_harm(
-    session: Session, other: Link
+    session: Session, link: Link
 ) -> None:
-    preempt = "/sys/kernel/debug/sched/preempt"
     calls = ("__cond_resched", "preempt_schedule", "preempt_schedule_notrace",
              "irqentry_exit_cond_resched", "down_read", "mutex_lock", "copy_page_range",
              "__alloc_pages", "kmem_cache_alloc", "vfs_read")  # fmt: skip
@@ -113,20 +74,13 @@ def test_static_calls_that_change_inside_counted_functions_do_no_harm(
     with session.count(*insns(*known), partial=True, tactics=JUMPS) as hits:
         assert Reason.STATIC_CALL in {one.reason for one in hits.refused}
         for mode in ("full", "none", "voluntary", "full", "voluntary"):
-            shell(other, f"echo {mode} > {preempt}")
-            assert f"({mode})" in shell(other, f"cat {preempt}")
+            shell(link, f"echo {mode} > {PREEMPT}")
+            assert f"({mode})" in shell(link, f"cat {PREEMPT}")
             work(session, 1)
     assert hits.text_restored
 
 
 # ---- ftrace ------------------------------------------------------------------------------------
-
-
-def trace(link: Link, tracer: str, functions: str) -> None:
-    shell(
-        link,
-        f"cd {TRACING}; echo '{functions}' > set_ftrace_filter; echo {tracer} > current_tracer",
-    )
 
 
 def traced(link: Link, function: str) -> bool:
@@ -135,11 +89,11 @@ def traced(link: Link, function: str) -> bool:
     return function in shell(link, f"head -c 20000 {TRACING}/trace")
 
 
-def test_entry_that_ftrace_uses_first_is_refused(session: Session, other: Link) -> None:
-    trace(other, "function", "vfs_read")
+def test_entry_that_ftrace_uses_first_is_refused(session: Session, link: Link) -> None:
+    Tracer("vfs_read", "function").attach(link)
     with pytest.raises(RefusedError) as refused:
         session.count("vfs_read")
-    assert [reason for _, reason, _ in refused.value.refused] == [Reason.BUSY_FTRACE]
+    assert refusals(refused) == [Reason.BUSY_FTRACE]
     with session.count("vfs_read@insns", partial=True, tactics=JUMPS) as hits:
         work(session, 1)
     assert hits.text_restored
@@ -150,23 +104,23 @@ def test_entry_that_ftrace_uses_first_is_refused(session: Session, other: Link) 
 
 @pytest.mark.parametrize("tracer", ["function", "function_graph"])
 def test_ftrace_that_comes_later_gets_the_entry_and_the_point_is_not_exact(
-    session: Session, other: Link, tracer: str
+    session: Session, link: Link, tracer: str
 ) -> None:
     with session.count("vfs_read", "vfs_write") as hits:
-        trace(other, tracer, "vfs_read")
-        assert traced(other, "vfs_read")
+        Tracer("vfs_read", tracer).attach(link)
+        assert traced(link, "vfs_read")
     assert [(row.function, row.exact) for row in hits.rows()] == [
         ("vfs_read", False),
         ("vfs_write", True),
     ]
     assert hits.text_restored
     assert hits.evicted == 1
-    assert traced(other, "vfs_read")
+    assert traced(link, "vfs_read")
 
 
 @pytest.mark.parametrize("tracer", ["function", "function_graph"])
 def test_ftrace_of_all_functions_evicts_two_thousand_entries(
-    session: Session, other: Link, tracer: str
+    session: Session, link: Link, tracer: str
 ) -> None:
     print("seed", SEED)
     symbols, names = names_of(session)
@@ -174,8 +128,8 @@ def test_ftrace_of_all_functions_evicts_two_thousand_entries(
     entries = [name for name in names if symbols.find(name)[0] in ftrace]
     chosen = random.Random(SEED).sample(entries, 2000)
     with session.count(*chosen, partial=True) as hits:
-        shell(other, f"cd {TRACING}; echo > set_ftrace_filter; echo {tracer} > current_tracer")
-        shell(other, f"echo nop > {TRACING}/current_tracer")
+        shell(link, f"cd {TRACING}; echo > set_ftrace_filter; echo {tracer} > current_tracer")
+        shell(link, f"echo nop > {TRACING}/current_tracer")
         work(session, 1)
     assert hits.text_restored
     assert hits.evicted > 1500
@@ -185,30 +139,22 @@ def test_ftrace_of_all_functions_evicts_two_thousand_entries(
 # ---- kprobes -----------------------------------------------------------------------------------
 
 
-def add_kprobe(link: Link, place: tuple[str, int], enable: bool) -> None:
-    name, off = place
-    shell(link, f"echo 'p:theirs {name}+{off:#x}' > {TRACING}/kprobe_events")
-    if enable:
-        shell(link, f"echo 1 > {TRACING}/events/kprobes/theirs/enable")
-
-
-def set_kprobe(link: Link, value: int) -> None:
-    shell(link, f"echo {value} > {TRACING}/events/kprobes/theirs/enable")
-
-
-def remove_kprobe(link: Link) -> None:
-    enable = f"{TRACING}/events/kprobes/theirs/enable"
-    shell(link, f"[ ! -e {enable} ] || echo 0 > {enable}; echo > {TRACING}/kprobe_events")
+def attach_kprobe(link: Link, place: tuple[str, int], armed: bool = True) -> Kprobes:
+    theirs = Kprobes(place[0], [place[1]])
+    theirs.register(link)
+    if armed:
+        theirs.enable(link)
+    return theirs
 
 
 @pytest.mark.parametrize("armed", [True, False], ids=["armed", "registered"])
-def test_kprobe_that_is_there_first_is_busy(session: Session, other: Link, armed: bool) -> None:
+def test_kprobe_that_is_there_first_is_busy(session: Session, link: Link, armed: bool) -> None:
     with session.count("vfs_read@insns", partial=True, tactics=JUMPS) as hits:
         place = points_of(hits, "jmp32")[3]
-    add_kprobe(other, place, armed)
+    attach_kprobe(link, place, armed)
     with pytest.raises(RefusedError) as refused:
         session.count(f"{place[0]}+{place[1]:#x}")
-    assert [reason for _, reason, _ in refused.value.refused] == [Reason.BUSY_KPROBE]
+    assert refusals(refused) == [Reason.BUSY_KPROBE]
     with session.count("vfs_read@insns", partial=True, tactics=JUMPS) as rest:
         work(session, 1)
     assert rest.text_restored
@@ -216,73 +162,68 @@ def test_kprobe_that_is_there_first_is_busy(session: Session, other: Link, armed
 
 @pytest.mark.parametrize("armed", [True, False], ids=["armed", "registered"])
 def test_kprobe_on_our_site_pins_it_until_the_kprobe_goes(
-    lab: Lab, other: Link, armed: bool
+    lab: Lab, link: Link, armed: bool
 ) -> None:
     with kernweave.connect(target(lab)) as session:
         hits = session.count("vfs_read@insns", partial=True, tactics=JUMPS)
         place = points_of(hits, "jmp32")[3]
-        add_kprobe(other, place, armed)
+        theirs = attach_kprobe(link, place, armed)
         work(session, 1)
         hits.detach()
         work(session, 1)
         assert not hits.text_restored
         assert len(hits.unrestored) == 1
-    set_kprobe(other, 1)
-    shell(other, "cat /proc/self/status")
-    set_kprobe(other, 0)
-    shell(other, "cat /proc/self/status")
+    theirs.enable(link, 1)
+    shell(link, "cat /proc/self/status")
+    theirs.enable(link, 0)
+    shell(link, "cat /proc/self/status")
     with kernweave.connect(target(lab), writer=False) as reader:
         assert reader.driver.facts.pinned == 1
         assert [row["owner"] for row in reader.driver.placed()] == [Owner.LEFT]
-    assert kmodctl(other, "unload", "kernweave") == "EAGAIN"
-    remove_kprobe(other)
-    until("nothing is pinned", lambda: _pinned(lab) == 0)
+    assert kmodctl(link, "unload", "kernweave") == "EAGAIN"
+    theirs.detach(link)
+    until_unpinned(lab)
 
 
-def _pinned(lab: Lab) -> int:
-    with kernweave.connect(target(lab), writer=False) as reader:
-        return reader.driver.facts.pinned
-
-
-def test_kprobe_on_a_counted_entry_evicts_it(session: Session, other: Link) -> None:
+def test_kprobe_on_a_counted_entry_evicts_it(session: Session, link: Link) -> None:
     with session.count("vfs_read") as hits:
-        add_kprobe(other, ("vfs_read", 0), True)
-        shell(other, "cat /proc/self/status")
-        assert "theirs" in shell(other, f"head -c 20000 {TRACING}/trace")
+        attach_kprobe(link, ("vfs_read", 0))
+        shell(link, "cat /proc/self/status")
+        assert "p_vfs_read_0" in shell(link, f"head -c 20000 {TRACING}/trace")
     assert [row.exact for row in hits.rows()] == [False]
     assert hits.text_restored
 
 
 def test_kprobe_through_ftrace_does_not_hide_the_code_behind_it(
-    session: Session, other: Link
+    session: Session, link: Link
 ) -> None:
     with session.count("vfs_read@insns", partial=True, tactics=JUMPS) as hits:
         before = [point.text for point in hits.placed]
-    add_kprobe(other, ("vfs_read", 0), True)
+    attach_kprobe(link, ("vfs_read", 0))
     with session.count("vfs_read@insns", partial=True, tactics=JUMPS) as hits:
         work(session, 1)
         assert [point.text for point in hits.placed] == before[1:]
 
 
 def test_optimised_kprobes_and_our_sites_side_by_side_do_no_harm(
-    session: Session, other: Link
+    session: Session, link: Link
 ) -> None:
     with session.count("vfs_read@insns", partial=True, tactics=JUMPS) as hits:
         offsets = sorted(row.offset for row in hits.rows())
         refused = [one for one in hits.refused if one.reason is Reason.TOO_SHORT]
         short = [int(one.point.partition("+")[2], 16) for one in refused]
     for off in short[:12]:  # instructions before ours: a jump there may cover ours
-        add_kprobe(other, ("vfs_read", off), True)
+        theirs = attach_kprobe(link, ("vfs_read", off))
         with session.count("vfs_read@insns", partial=True, tactics=JUMPS) as hits:
             work(session, 1)
             assert hits.plan.addr.size
         assert hits.text_restored
-        remove_kprobe(other)
+        theirs.detach(link)
     with session.count("vfs_read@insns", partial=True, tactics=JUMPS) as hits:
         for off in short[:12]:
-            add_kprobe(other, ("vfs_read", off), True)
-            shell(other, "cat /proc/self/status")
-            remove_kprobe(other)
+            theirs = attach_kprobe(link, ("vfs_read", off))
+            shell(link, "cat /proc/self/status")
+            theirs.detach(link)
         work(session, 1)
     assert offsets
     assert hits.text_restored
@@ -291,20 +232,20 @@ def test_optimised_kprobes_and_our_sites_side_by_side_do_no_harm(
 # ---- kmods -------------------------------------------------------------------------------------
 
 
-def test_kmod_that_comes_and_goes_while_counted(lab: Lab, session: Session, other: Link) -> None:
+def test_kmod_that_comes_and_goes_while_counted(lab: Lab, session: Session, link: Link) -> None:
     path = _find_kmod("loop")
     with session.count("vfs_read@insns", "load_module@insns", partial=True, tactics=JUMPS) as hits:
         for _ in range(3):
-            assert kmodctl(other, "load", path) == "ok"
-            assert kmodctl(other, "unload", "loop") == "ok"
+            assert kmodctl(link, "load", path) == "ok"
+            assert kmodctl(link, "unload", "loop") == "ok"
     assert hits.text_restored
-    assert kmodctl(other, "load", path) == "ok"
+    assert kmodctl(link, "load", path) == "ok"
     with session.count("loop:*@insns", partial=True, tactics=JUMPS) as hits:
         assert hits.rows()[0].kmod == "loop"
-        assert kmodctl(other, "unload", "loop") == "EAGAIN"
+        assert kmodctl(link, "unload", "loop") == "EAGAIN"
         work(session, 1)
     assert hits.text_restored
-    assert kmodctl(other, "unload", "loop") == "ok"
+    assert kmodctl(link, "unload", "loop") == "ok"
 
 
 def test_points_in_the_agents_own_kmod_count(session: Session) -> None:

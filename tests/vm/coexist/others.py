@@ -13,6 +13,11 @@ from guest import shell as fresh_shell
 
 from kernweave.driver.link import Link
 
+EVENT = f"{TRACING}/events/timer/itimer_state/enable"
+PREEMPT = "/sys/kernel/debug/sched/preempt"
+OPTIMIZE = "/proc/sys/debug/kprobes-optimization"
+TRAPS_ARMED = "/sys/kernel/debug/kprobes/enabled"
+
 
 def shell(link: Link, script: str) -> str:
     """Standard output of a script that must succeed, from what the guest has cached."""

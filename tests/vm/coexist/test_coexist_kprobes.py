@@ -5,26 +5,15 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from guest import (
-    ENV,
-    JUMPS,
-    LONGEST_S,
-    TRACING,
-    assert_exact,
-    booted,
-    program,
-    read_text,
-    target,
-    until,
-)
-from others import Kprobes, shell
+from guest import ENV, JUMPS, LONGEST_S, TRACING, target
 
 import kernweave
+from coexist.counting import ALL, CALLS, SUBJECT, call, count_all, refusals, until_unpinned
+from coexist.others import OPTIMIZE, TRAPS_ARMED, Kprobes, shell
 from kernweave.driver.link import Link
 from kernweave.errors import DriverError, Reason, RefusedError
 from kernweave.lab.machine import Lab
@@ -33,50 +22,8 @@ from kernweave.session.attachment import Attachment
 from kernweave.session.session import Session
 from kernweave.session.survey import SiteVerdict
 
-SUBJECT = "sched_rr_get_interval"  # called by one system call, and by nobody but the workload
-CALLS = 23
-OPTIMIZE = "/proc/sys/debug/kprobes-optimization"
 SEED = 20991122
 TURNS = 10
-ARMED = "/sys/kernel/debug/kprobes/enabled"
-
-
-@pytest.fixture(scope="module")
-def machine() -> Iterator[Lab]:
-    """One lab for all of these tests; its text and its log are what they were."""
-    with booted("coexist-kprobes") as lab:
-        before = read_text(lab)
-        yield lab
-        assert_exact(lab)
-        assert not before.changed(read_text(lab))
-
-
-@pytest.fixture
-def lab(machine: Lab) -> Iterator[Lab]:
-    """The lab, whose log must stay clean."""
-    yield machine
-    assert not machine.trouble()
-
-
-@pytest.fixture
-def session(lab: Lab) -> Iterator[Session]:
-    with kernweave.connect(target(lab)) as made:
-        yield made
-
-
-@pytest.fixture
-def link(lab: Lab) -> Iterator[Link]:
-    """A second session, of somebody else, who tidies up."""
-    with lab.connect() as opened:
-        yield opened
-        shell(
-            opened,
-            f"""cd {TRACING}
-            for e in events/kprobes/*/enable; do [ ! -e $e ] || echo 0 > $e; done
-            echo > kprobe_events
-            echo 1 > {OPTIMIZE}
-            echo 1 > {ARMED}""",
-        )
 
 
 @dataclass(frozen=True)
@@ -112,19 +59,11 @@ def subject(machine: Lab) -> Subject:
     with kernweave.connect(target(machine)) as session:
         found = session.sites(f"{SUBJECT}@insns", tactics=("nop5", "jmp32", "int3"))
         sites = {site.offset: site for site in found if site.offset is not None}
-        with session.count(f"{SUBJECT}@insns", tactics=(*JUMPS, "int3")) as hits:
+        with session.count(f"{SUBJECT}@insns", tactics=ALL) as hits:
             call(session)
         counts = {row.offset: row.hits for row in hits.rows()}
         assert all(count % CALLS == 0 for count in counts.values())
         return Subject(sites, {at: count // CALLS for at, count in counts.items()})
-
-
-def call(session: Session) -> None:
-    session.run([program("calls"), str(CALLS)], check=True)
-
-
-def count_all(session: Session, *tactics: str) -> Attachment:
-    return session.count(f"{SUBJECT}@insns", partial=True, tactics=tactics or JUMPS)
 
 
 def count_at(session: Session, offset: int, tactic: str) -> Attachment:
@@ -154,14 +93,6 @@ def settle(link: Link) -> None:
     other = Kprobes("__x64_sys_sched_rr_get_interval", [5])
     other.attach(link)
     other.detach(link)
-
-
-def until_unpinned(lab: Lab) -> None:
-    def pinned() -> int:
-        with kernweave.connect(target(lab), writer=False) as reader:
-            return reader.driver.facts.pinned
-
-    until("nothing is pinned", lambda: pinned() == 0)
 
 
 def beside_hosts(hits: Attachment, subject: Subject) -> list[int]:
@@ -236,7 +167,7 @@ def test_kprobes_at_every_third_instruction_before_us_and_all_count(
     theirs.attach(link)
     settle(link)
     assert bool(optimised(link)) == bool(optimise)
-    with count_all(session, *JUMPS, "int3") as hits:
+    with count_all(session, tactics=ALL) as hits:
         call(session)
         assert theirs.hits_by_offset(link) == some_of(subject.times(1), dict.fromkeys(offsets, 0))
         theirs.detach(link)
@@ -270,7 +201,7 @@ def test_optimised_kprobe_before_us_refuses_what_it_reaches(
             reaching.append(short)
             with pytest.raises(RefusedError) as refused:
                 count_at(session, site, "jmp32")
-            assert refused.value.refused[0][1] is Reason.BUSY_KPROBE
+            assert refusals(refused) == [Reason.BUSY_KPROBE]
         theirs.detach(link)
     assert reaching
 
@@ -375,10 +306,10 @@ def test_our_trap_inside_an_optimised_kprobe_makes_it_trap_and_both_count(
 def test_traps_that_the_administrator_disarms_for_a_while_are_not_exact(
     session: Session, link: Link, subject: Subject
 ) -> None:
-    with count_all(session, "int3") as hits:
-        shell(link, f"echo 0 > {ARMED}")
+    with count_all(session, tactics=["int3"]) as hits:
+        shell(link, f"echo 0 > {TRAPS_ARMED}")
         call(session)
-        shell(link, f"echo 1 > {ARMED}")
+        shell(link, f"echo 1 > {TRAPS_ARMED}")
         call(session)
     assert hits_of(hits) == some_of(subject.times(2), hits_of(hits))
 
@@ -386,9 +317,9 @@ def test_traps_that_the_administrator_disarms_for_a_while_are_not_exact(
 def test_traps_that_the_administrator_disarms_are_not_exact(
     session: Session, link: Link, subject: Subject
 ) -> None:
-    with count_all(session, *JUMPS, "int3") as hits:
+    with count_all(session, tactics=ALL) as hits:
         call(session)
-        shell(link, f"echo 0 > {ARMED}")
+        shell(link, f"echo 0 > {TRAPS_ARMED}")
         call(session)
     jumps = {row.offset: row.hits for row in hits.rows() if row.tactic != "int3"}
     assert jumps == some_of(subject.times(2), jumps)
@@ -483,7 +414,7 @@ def test_counts_stay_exact_while_kprobes_and_a_tracer_come_and_go(
         storm.exec_start(["sh", "-ec", script], env=ENV, cwd="/")
         for turn in range(TURNS):
             with contextlib.suppress(RefusedError, DriverError):
-                with count_all(session, *(JUMPS if turn % 2 else (*JUMPS, "int3"))) as hits:
+                with count_all(session, tactics=JUMPS if turn % 2 else ALL) as hits:
                     call(session)
                 assert hits_of(hits) == some_of(subject.times(1), hits_of(hits))
                 counted += len(hits_of(hits))

@@ -6,48 +6,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from guest import JUMPS, TRACING, assert_exact, booted, program, read_text, target
-from others import ENTRY_USERS, Bpf, Kprobes, Other, Tracer, shell
+from guest import JUMPS, TRACING, target
 
 import kernweave
+from coexist.counting import CALLS, SUBJECT, call, count_all, refusals
+from coexist.others import ENTRY_USERS, Bpf, Kprobes, Other, Tracer, shell
 from kernweave.driver.link import Link
 from kernweave.errors import Reason, RefusedError
 from kernweave.lab.machine import Lab
 from kernweave.session.attachment import Attachment
 from kernweave.session.session import Session
-
-SUBJECT = "sched_rr_get_interval"  # called by one system call, and by nobody but the workload
-CALLS = 23
-
-
-@pytest.fixture(scope="module")
-def machine() -> Iterator[Lab]:
-    """One lab for all of these tests; its text and its log are what they were."""
-    with booted("coexist-tracers") as lab:
-        before = read_text(lab)
-        yield lab
-        assert_exact(lab)
-        assert not before.changed(read_text(lab))
-
-
-@pytest.fixture
-def lab(machine: Lab) -> Iterator[Lab]:
-    """The lab, whose log must stay clean."""
-    yield machine
-    assert not machine.trouble()
-
-
-@pytest.fixture
-def session(lab: Lab) -> Iterator[Session]:
-    with kernweave.connect(target(lab)) as made:
-        yield made
-
-
-@pytest.fixture
-def link(lab: Lab) -> Iterator[Link]:
-    """A second session, of somebody else."""
-    with lab.connect() as opened:
-        yield opened
 
 
 @pytest.fixture(params=ENTRY_USERS)
@@ -65,14 +33,6 @@ def per_call(machine: Lab) -> dict[int, int]:
         with count_all(session) as hits:
             call(session)
         return {row.offset: row.hits // CALLS for row in hits.rows() if row.hits % CALLS == 0}
-
-
-def count_all(session: Session) -> Attachment:
-    return session.count(f"{SUBJECT}@insns", partial=True, tactics=JUMPS)
-
-
-def call(session: Session) -> None:
-    session.run([program("calls"), str(CALLS)], check=True)
 
 
 def assert_counts(hits: Attachment, per_call: dict[int, int], rounds: int) -> None:
@@ -110,7 +70,7 @@ def test_body_counts_behind_a_user_of_the_entry_who_came_first(
     call(session)  # we are gone, they stay
     with pytest.raises(RefusedError) as refused:
         session.count(SUBJECT)
-    assert [reason for _, reason, _ in refused.value.refused] == [Reason.BUSY_FTRACE]
+    assert refusals(refused) == [Reason.BUSY_FTRACE]
     with count_all(session) as hits:
         call(session)
         assert user.hits(link) == 3 * CALLS

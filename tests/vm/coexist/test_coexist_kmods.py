@@ -7,24 +7,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from guest import (
-    CSRC,
-    JUMPS,
-    TRACING,
-    assert_exact,
-    booted,
-    kmodctl,
-    program,
-    read_text,
-    target,
-)
-from others import shell
+from guest import CSRC, JUMPS, TRACING, kmodctl, program
 
-import kernweave
+from coexist.counting import ALL, CALLS
+from coexist.others import EVENT, PREEMPT, shell
 from kernweave.driver.link import Link
 from kernweave.errors import Reason
 from kernweave.lab.build import build_kmod
-from kernweave.lab.machine import Lab
 from kernweave.lab.packages import fetch_kernel
 from kernweave.session.attachment import Attachment
 from kernweave.session.session import Session
@@ -32,42 +21,13 @@ from kernweave.session.session import Session
 KMOD = "kw_subject"
 WORK = f"{KMOD}:kw_subject_work@insns"
 TIMER = "do_setitimer"  # has a tracepoint and, for preemption, static calls; only timers call it
-EVENT = f"{TRACING}/events/timer/itimer_state/enable"
-PREEMPT = "/sys/kernel/debug/sched/preempt"
-CALLS = 23
-ALL = (*JUMPS, "int3")
-
-
-@pytest.fixture(scope="module")
-def machine() -> Iterator[Lab]:
-    """One lab for all of these tests; its text and its log are what they were."""
-    with booted("coexist-kmods") as lab:
-        before = read_text(lab)
-        yield lab
-        assert_exact(lab)
-        assert not before.changed(read_text(lab))
 
 
 @pytest.fixture
-def lab(machine: Lab) -> Iterator[Lab]:
-    """The lab, whose log must stay clean."""
-    yield machine
-    assert not machine.trouble()
-
-
-@pytest.fixture
-def session(lab: Lab) -> Iterator[Session]:
-    with kernweave.connect(target(lab)) as made:
-        yield made
-
-
-@pytest.fixture
-def link(lab: Lab) -> Iterator[Link]:
-    """A second session, of somebody else, who tidies up."""
-    with lab.connect() as opened:
-        yield opened
-        shell(opened, f"echo 0 > {EVENT}; echo voluntary > {PREEMPT}; echo > {TRACING}/trace")
-        assert kmodctl(opened, "unload", KMOD) in ("ok", "ENOENT")
+def link(link: Link) -> Iterator[Link]:
+    """Who unloads the kmod in the end."""
+    yield link
+    assert kmodctl(link, "unload", KMOD) in ("ok", "ENOENT")
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from guest import CSRC, JUMPS, assert_exact, booted, kmodctl, program, read_text, target, until
-from others import shell
+from guest import CSRC, kmodctl, target, until
 
 import kernweave
+from coexist.counting import CALLS, SUBJECT, call, count_all, refusals
+from coexist.others import shell
 from kernweave.driver.link import Link
 from kernweave.errors import Reason, RefusedError
 from kernweave.lab.build import build_kmod
@@ -18,45 +19,19 @@ from kernweave.lab.packages import fetch_kernel
 from kernweave.session.attachment import Attachment
 from kernweave.session.session import Session
 
-SUBJECT = "sched_rr_get_interval"  # what the livepatch replaces
 PATCH = "kw_livepatch"
 STATE = f"/sys/kernel/livepatch/{PATCH}"
-CALLS = 23
 #: where tasks sleep: the kernel looks at the stack of each before it takes the patch
 SLEEPERS = ("__schedule@insns", "schedule@insns", "schedule_timeout@insns", "do_wait@insns",
             "worker_thread@insns", "kthread@insns", "smpboot_thread_fn@insns",
             "do_sys_poll@insns", "ep_poll@insns")  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def machine() -> Iterator[Lab]:
-    """One lab for all of these tests; its text and its log are what they were."""
-    with booted("coexist-livepatch") as lab:
-        before = read_text(lab)
-        yield lab
-        assert_exact(lab)
-        assert not before.changed(read_text(lab))
-
-
 @pytest.fixture
-def lab(machine: Lab) -> Iterator[Lab]:
-    """The lab, whose log must stay clean."""
-    yield machine
-    assert not machine.trouble()
-
-
-@pytest.fixture
-def session(lab: Lab) -> Iterator[Session]:
-    with kernweave.connect(target(lab)) as made:
-        yield made
-
-
-@pytest.fixture
-def link(lab: Lab) -> Iterator[Link]:
-    """A second session, of somebody else, who takes the patch out."""
-    with lab.connect() as opened:
-        yield opened
-        remove(opened)
+def link(link: Link) -> Iterator[Link]:
+    """Who takes the patch out in the end."""
+    yield link
+    remove(link)
 
 
 def apply(link: Link) -> None:
@@ -83,14 +58,6 @@ def patched_calls(link: Link) -> int:
     return int(shell(link, f"cat /sys/module/{PATCH}/parameters/calls"))
 
 
-def call(session: Session) -> None:
-    session.run([program("calls"), str(CALLS)], check=True)
-
-
-def count_all(session: Session, *more: str) -> Attachment:
-    return session.count(f"{SUBJECT}@insns", *more, partial=True, tactics=JUMPS)
-
-
 def body(hits: Attachment) -> dict[int, tuple[int, bool]]:
     """Hits and exactness behind the subject's entry."""
     rows = [row for row in hits.rows() if row.function == SUBJECT and row.offset]
@@ -112,7 +79,7 @@ def test_patched_function_counts_nothing_and_its_replacement_all(
     apply(link)
     with pytest.raises(RefusedError) as refused:
         session.count(SUBJECT)
-    assert [reason for _, reason, _ in refused.value.refused] == [Reason.BUSY_FTRACE]
+    assert refusals(refused) == [Reason.BUSY_FTRACE]
     with count_all(session, f"{PATCH}:kw_rr_get_interval@insns") as hits:
         call(session)
     assert patched_calls(link) == CALLS
