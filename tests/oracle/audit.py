@@ -232,12 +232,16 @@ def _explode(events: Records) -> tuple[Ints, Ints, Ints]:
 
 
 def _foreign(events: Records, rows: Sequence[int], sync_mark: int) -> list[Foreign]:
+    if not rows:
+        return []
     marks = events[(events["kind"] == MARK) & (events["addr"] != np.uint64(sync_mark))]
-    return [_describe(events[row], marks) for row in rows]
+    of_cpu = {cpu: marks[marks["cpu"] == cpu] for cpu in np.unique(events["cpu"][rows]).tolist()}
+    return [_describe(events[row], of_cpu[int(events["cpu"][row])]) for row in rows]
 
 
 def _describe(event: np.void, marks: Records) -> Foreign:
-    before = marks["addr"][(marks["cpu"] == event["cpu"]) & (marks["seq"] < event["seq"])]
+    """Return a write with the last mark of its CPU before it."""
+    before = int(np.searchsorted(marks["seq"], event["seq"]))
     return Foreign(
         seq=int(event["seq"]),
         cpu=int(event["cpu"]),
@@ -246,5 +250,5 @@ def _describe(event: np.void, marks: Records) -> Foreign:
         size=int(event["size"]),
         value=int(event["value"]),
         pc=int(event["pc"]),
-        caller=int(before[-1]) if len(before) else None,
+        caller=int(marks["addr"][before - 1]) if before else None,
     )
