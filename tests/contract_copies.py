@@ -8,7 +8,8 @@ import time
 import numpy as np
 import pytest
 
-from contract import NOP5, Sessions, Splice, make_splice, refusal, take_out
+from contract_sessions import Sessions, refusal
+from contract_splice import NOP5, Splice, make_splice, take_out
 from kernweave.driver import uapi
 from kernweave.driver.client import Area, Driver, Rows
 from kernweave.driver.uapi import PokeFlag

@@ -9,7 +9,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from contract import NOP5, Sessions, Splice, make_splice, nop_sites, refusal
+from contract_sessions import Sessions, refusal
+from contract_splice import NOP5, Splice, make_splice, nop_sites
 from kernweave.driver.client import CommitError, Driver
 from kernweave.driver.uapi import PokeFlag, State
 

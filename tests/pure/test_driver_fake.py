@@ -8,9 +8,9 @@ import errno
 import numpy as np
 import pytest
 
-from contract import MANY, NOP5, UNMAPPED, DriverContract, make_splice
-from contract_copies import CopiesContract
-from contract_group import GroupContract
+from contract import DriverContract
+from contract_sessions import UNMAPPED
+from contract_splice import MANY, NOP5, make_splice
 from kernweave.driver import uapi
 from kernweave.driver.client import CommitError, Driver
 from kernweave.driver.fake import TEXT_START, FakeKernel, FakeSession
@@ -48,7 +48,7 @@ class FakeTarget:
         session.close()
 
 
-class TestFakeDriver(DriverContract, GroupContract, CopiesContract):
+class TestFakeDriver(DriverContract):
     @pytest.fixture
     def target(self) -> FakeTarget:
         return FakeTarget()

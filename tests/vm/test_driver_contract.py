@@ -9,8 +9,6 @@ from collections.abc import Iterator
 import pytest
 
 from contract import DriverContract
-from contract_copies import CopiesContract
-from contract_group import GroupContract
 from kernweave.driver.link import Link
 from kernweave.errors import UnsupportedError
 from kernweave.lab.machine import Lab
@@ -54,5 +52,5 @@ def target() -> Iterator[LabTarget]:
     assert not trouble
 
 
-class TestRealDriver(DriverContract, GroupContract, CopiesContract):
+class TestRealDriver(DriverContract):
     pass
