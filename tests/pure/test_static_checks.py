@@ -56,6 +56,14 @@ class Stock:
     def index(self) -> RowIndex:
         return RowIndex(self.decoded.addr)
 
+    @cached_property
+    def replacement_insns(self) -> frozenset[int]:
+        """Addresses of the instructions that alternatives put into the text."""
+        table = self.file.tables.alternatives
+        places = zip(table.replacement.tolist(), table.replacement_length.tolist(), strict=True)
+        stretches = [(addr, self.kernel.read(addr, size)) for addr, size in places if size]
+        return frozenset(decode(stretches).addr.tolist())
+
     def inside(self, addrs: Addrs) -> Addrs:
         """Those in the text; init text and text freed after boot are outside."""
         start, end = self.parts[0].start, self.file.symbols.end
@@ -196,8 +204,7 @@ def _in_replacement(stock: Stock, row: int, addr: int) -> bool:
     size, off = int(table.replacement_length[row]), addr - int(table.addr[row])
     if off >= size:
         return True  # a nop of one byte, until they are joined at boot
-    code = stock.kernel.read(int(table.replacement[row]), size)
-    return off in decode([(0, code)]).addr.tolist()
+    return int(table.replacement[row]) + off in stock.replacement_insns
 
 
 def test_orc_rows_are_at_boundaries_of_text_or_of_a_replacement(stock: Stock) -> None:
