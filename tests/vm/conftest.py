@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Lab machines for tests: one boot for all of them, a name of its own, taken down at the end."""
+"""Lab machines for tests: two boots for nearly all of them, names of their own, gone at the end."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
 
 import pytest
+from guest import booted
 
 from kernweave.driver.link import Link
 from kernweave.errors import UnsupportedError
 from kernweave.lab.machine import Lab
-from kernweave.session.target import driver_kmod
 
 # whoever runs the tests in the background may have them ignore interrupts, and their children too
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -66,13 +67,37 @@ def link(lab: Lab) -> Iterator[Link]:
         yield session
 
 
+class Shared:
+    """A lab with the driver, for all tests that leave it as it was; after a failure a fresh one."""
+
+    def __init__(self) -> None:
+        self._boot = ExitStack()
+        self._lab: Lab | None = None
+        self._failed = 0
+
+    def lab(self, failed: int) -> Lab:
+        """The lab, booted unless it runs and no test failed since."""
+        if self._lab is None or failed != self._failed:
+            self.discard()
+            self._lab, self._failed = self._boot.enter_context(booted("shared")), failed
+        return self._lab
+
+    def discard(self) -> None:
+        self._lab = None
+        with suppress(AssertionError):  # its log was read after each module
+            self._boot.close()
+
+
 @pytest.fixture(scope="session")
-def machine(lab: Lab) -> Iterator[Lab]:
+def shared() -> Iterator[Shared]:
+    made = Shared()
+    yield made
+    made.discard()
+
+
+@pytest.fixture(scope="module")
+def machine(shared: Shared, request: pytest.FixtureRequest) -> Iterator[Lab]:
     """A lab with the driver, shared by tests that leave it as it was; its log stays clean."""
-    machine = Lab(f"{lab.name}-driver", kernel="6.1")
-    try:
-        machine.up(kmod=driver_kmod(machine.series, print), progress=print)
-        yield machine
-        assert not machine.trouble()
-    finally:
-        discard(machine)
+    machine = shared.lab(request.session.testsfailed)
+    yield machine
+    assert not machine.trouble()

@@ -10,6 +10,7 @@ from guest import JUMPS, assert_exact, booted, program, read_text, target
 
 import kernweave
 from kernweave.errors import Reason
+from kernweave.lab.machine import Lab
 from kernweave.session.session import Session
 
 FUNCTIONS = (
@@ -74,10 +75,8 @@ def _count(session: Session) -> set[Reason]:
     return {one.reason for one in hits.refused}
 
 
-def test_two_boots_have_two_bases() -> None:
-    bases = []
-    for turn in range(2):
-        with booted(f"boot-base{turn}") as lab:
-            bases.append(read_text(lab).start)
-            assert_exact(lab)
-    assert bases[0] != bases[1]
+def test_two_boots_have_two_bases(machine: Lab) -> None:
+    with booted("boot-base") as lab:
+        assert read_text(machine).start != read_text(lab).start
+        assert_exact(machine)
+        assert_exact(lab)

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import duckdb
@@ -193,7 +194,7 @@ def test_driver_of_another_version_is_refused_by_name(machine: Lab) -> None:
 
 
 def test_wheel_in_an_empty_folder_counts(
-    run: Kernweave, machine: Lab, tmp_path_factory: pytest.TempPathFactory
+    new_lab: Callable[[str], Lab], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = tmp_path_factory.mktemp("wheel")
     root = Path(__file__).parent.parent.parent
@@ -205,8 +206,8 @@ def test_wheel_in_an_empty_folder_counts(
     python = str(folder / "venv" / "bin" / "python")
     wheel = next(folder.glob("*.whl"))
     subprocess.run([python, "-m", "pip", "install", "-q", str(wheel)], check=True)
-    machine.down()  # its driver must come out of the wheel
-    command = [str(folder / "venv" / "bin" / "kernweave"), "--target", f"lab:{machine.name}"]
+    fresh = new_lab("wheel")  # its driver must come out of the wheel
+    command = [str(folder / "venv" / "bin" / "kernweave"), "--target", f"lab:{fresh.name}"]
     subprocess.run([*command, "doctor"], check=True, cwd=folder, stdout=subprocess.DEVNULL)
     done = subprocess.run(
         [*command, "count", "vfs_read", "--json", "--", "true"],

@@ -3,16 +3,11 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-
 import pytest
 
 from contract import DriverContract
 from kernweave.driver.link import Link
-from kernweave.errors import UnsupportedError
 from kernweave.lab.machine import Lab
-from kernweave.session.target import driver_kmod
 
 
 class LabTarget:
@@ -31,25 +26,9 @@ class LabTarget:
         self._lab.connect().close()
 
 
-@pytest.fixture(scope="module")
-def target() -> Iterator[LabTarget]:
-    """A lab with the driver; its kernel has nothing to complain about in the end."""
-    wanted = os.environ.get("KERNWEAVE_VM")
-    if wanted == "0":
-        pytest.skip("KERNWEAVE_VM=0")
-    lab = Lab(f"contract-{os.getpid()}", kernel="6.1")
-    try:
-        try:
-            lab.up(kmod=driver_kmod(lab.series, print), progress=print)
-        except UnsupportedError as error:
-            if wanted == "1":
-                raise
-            pytest.skip(f"no lab on this machine: {error}")
-        yield LabTarget(lab)
-        trouble = lab.trouble()
-    finally:
-        lab.down()
-    assert not trouble
+@pytest.fixture
+def target(machine: Lab) -> LabTarget:
+    return LabTarget(machine)
 
 
 class TestRealDriver(DriverContract):

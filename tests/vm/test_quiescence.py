@@ -3,10 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import pytest
-from guest import JUMPS, assert_exact, booted, read_text, target
+from guest import JUMPS, assert_exact, read_text, target
 
 import kernweave
 from kernweave.lab.machine import Lab
@@ -16,12 +13,6 @@ IDLE = ("do_idle", "default_idle_call", "tick_nohz_idle_enter", "tick_nohz_idle_
         "tick_nohz_idle_stop_tick", "tick_nohz_restart_sched_tick", "cpu_startup_entry",
         "schedule_idle")  # fmt: skip
 ROUNDS = 15
-
-
-@pytest.fixture(scope="module")
-def machine() -> Iterator[Lab]:
-    with booted("quiescence") as lab:
-        yield lab
 
 
 def test_groups_come_and_go_under_parked_cpus(machine: Lab) -> None:

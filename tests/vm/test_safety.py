@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from guest import (
     LONGEST_S,
+    Text,
     assert_exact,
-    booted,
     kmodctl,
     names_of,
     program,
@@ -43,21 +43,18 @@ SEED = int(os.environ.get("KERNWEAVE_SEED", "0")) or random.randrange(1, 1 << 31
 
 
 @pytest.fixture(scope="module")
-def machine() -> Iterator[Lab]:
-    """One lab for all of these tests; its log must stay clean."""
-    with booted("safety") as lab:
-        yield lab
+def native(machine: Lab) -> Text:
+    return read_text(machine)
 
 
 @pytest.fixture
-def lab(machine: Lab) -> Iterator[Lab]:
+def lab(machine: Lab, native: Text) -> Iterator[Lab]:
     """The lab; after the test its text is what it was, and a new session counts right."""
-    before = read_text(machine)
     yield machine
     while _started:
         kill(_started.pop())
     assert_exact(machine)
-    assert not before.changed(read_text(machine))
+    assert not native.changed(read_text(machine))
     assert not machine.trouble()
 
 

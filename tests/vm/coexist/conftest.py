@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""One lab for all of these tests: a session that counts, and somebody else's."""
+"""The text before and after, a session that counts, and somebody else's."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import pytest
-from guest import TRACING, assert_exact, booted, read_text, target
+from guest import TRACING, Text, assert_exact, read_text, target
 
 import kernweave
 from coexist.others import EVENT, OPTIMIZE, PREEMPT, TRAPS_ARMED, shell
@@ -15,23 +15,17 @@ from kernweave.lab.machine import Lab
 from kernweave.session.session import Session
 
 
-@pytest.fixture(scope="package")
-def one_boot() -> Iterator[Lab]:
-    with booted("coexist") as lab:
-        yield lab
-
-
 @pytest.fixture(scope="module")
-def machine(one_boot: Lab) -> Iterator[Lab]:
-    """The lab; after a module's tests its text is what it was, and a new session counts right."""
-    before = read_text(one_boot)
-    yield one_boot
-    assert_exact(one_boot)
-    assert not before.changed(read_text(one_boot))
+def native(machine: Lab) -> Iterator[Text]:
+    """Text as a file finds it and leaves it, with a new session that counts right in the end."""
+    before = read_text(machine)
+    yield before
+    assert_exact(machine)
+    assert not before.changed(read_text(machine))
 
 
 @pytest.fixture
-def lab(machine: Lab) -> Iterator[Lab]:
+def lab(machine: Lab, native: Text) -> Iterator[Lab]:
     """The lab, whose log must stay clean."""
     yield machine
     assert not machine.trouble()

@@ -7,7 +7,7 @@ import random
 from collections.abc import Iterator
 
 import pytest
-from guest import JUMPS, TRACING, assert_exact, kmodctl, names_of, program, read_text, target
+from guest import JUMPS, TRACING, Text, assert_exact, kmodctl, names_of, program, read_text, target
 
 import kernweave
 from coexist.counting import refusals, until_unpinned
@@ -26,13 +26,11 @@ SEED = 20991122
 
 
 @pytest.fixture
-def lab(machine: Lab) -> Iterator[Lab]:
-    """The lab, with its text compared before and after, and a session that counts in the end."""
-    before = read_text(machine)
-    yield machine
-    assert_exact(machine)
-    assert not before.changed(read_text(machine))
-    assert not machine.trouble()
+def lab(lab: Lab, native: Text) -> Iterator[Lab]:
+    """The lab, with its text compared after each test, and a session that counts in the end."""
+    yield lab
+    assert_exact(lab)
+    assert not native.changed(read_text(lab))
 
 
 def insns(*functions: str) -> list[str]:
