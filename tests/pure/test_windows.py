@@ -60,6 +60,7 @@ def parts_of(series: str) -> tuple[list[Part], Sites]:
     return [parts[i] for i in chosen.tolist()], file.sites
 
 
+@cache
 def make(series: str, share: float, translates: bool = True) -> Sample:
     parts, sites = parts_of(series)
     code = build_code(parts, sites)
