@@ -4,7 +4,9 @@
 PYTHONS := $(PYTHON) python3 python3.14 python3.13 python3.12 python3.11
 BIN     := .venv/bin
 KERNELS ?= 6.1
-SUITES  := $(wildcard tests/pure tests/exec tests/vm)
+# those that take longest first, so that both jobs end together
+SUITES  := $(wildcard tests/vm tests/exec tests/pure)
+JOBS    ?= 2
 BENCHES := $(filter-out bench/_%,$(wildcard bench/*.py))
 
 .DEFAULT_GOAL := help
@@ -19,13 +21,14 @@ help:
 	@echo 'make stress   torture of every kernel in every boot mode, as far as it is not done yet;'
 	@echo '              KERNEL=6.1 MODE=full SEED=1 MINUTES=2, or some of them: that one at once'
 	@echo 'make stress-suite  the other long tests: many sessions, kill -9, poisoned registers'
+	@echo 'JOBS=2 test files at a time (0: one after the other, in one process)'
 	@echo 'PYTHON=FILE names the interpreter for .venv; KERNELS="6.1 7.2" those the driver is checked for'
 
 demo: .venv/stamp
 	@$(BIN)/python examples/demo.py
 
 test: .venv/stamp
-	$(BIN)/pytest $(SUITES)
+	$(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(SUITES)
 
 stress: .venv/stamp
 	@PYTHONPATH=tests:tests/vm $(BIN)/python tests/stress/run_torture.py \
