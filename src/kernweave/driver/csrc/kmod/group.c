@@ -11,17 +11,29 @@
  * are free.
  *
  * While they wait each group costs a trap.  If every instruction of the tick's
- * handlers did, they would take longer than a tick, and nothing else would run:
- * so only some hundred groups are armed at a time, spread over all of them.
+ * handlers did, they would take longer than a tick, and nothing else would run.
+ * So groups are armed in rounds, each spread evenly over all that still wait: what
+ * its int3 cost tells what those of the next round will.  The first is small, and
+ * the next is twice as large if no CPU spent much on them, half as large if one did.
  */
 #include <linux/kdebug.h>
+#include <linux/ktime.h>
 #include <linux/notifier.h>
+#include <linux/percpu.h>
 
 #include "kw.h"
 
-#define KW_ARMED_MAX 512
+/* Groups armed at once. */
+#define KW_ROUND_FIRST 512
+#define KW_ROUND_MIN 256
+#define KW_ROUND_MAX 16384
+
+/* int3 per second of one CPU: 5% and 20% of its time at 3 us each, as under emulation. */
+#define KW_RATE_LOW 16000
+#define KW_RATE_HIGH 64000
 
 static struct kw_txn *kw_arming; /* whose groups have an int3; set under kw_lock */
+static DEFINE_PER_CPU(u32, kw_hits);
 
 /* Find the poke at addr: pokes ascend. */
 struct kw_poke *kw_poke_at(struct kw_txn *t, u64 addr)
@@ -100,6 +112,7 @@ static int kw_group_hit(struct notifier_block *nb, unsigned long event, void *da
 	p = kw_poke_at(t, regs->ip - 1);
 	if (!p || !(p->flags & KW_POKE_GROUP))
 		return NOTIFY_DONE;
+	this_cpu_inc(kw_hits);
 	regs->ip = kw_trampoline_of(t, p);
 	return NOTIFY_STOP;
 }
@@ -120,7 +133,57 @@ void kw_group_exit(void)
 	unregister_die_notifier(&kw_group_notifier);
 }
 
-static int kw_arm_batch(struct kw_txn *t, u32 from, u32 to, u32 round, u32 rounds, u32 *bad)
+/*
+ * int3 per second since then, of the CPU that had most, and start anew.  A hit
+ * meanwhile may undo the start, which makes the next figure too high: no harm.
+ */
+static u64 kw_hit_rate(ktime_t *since)
+{
+	ktime_t now = ktime_get();
+	u64 us = max_t(s64, ktime_us_delta(now, *since), 1);
+	u32 most = 0;
+	int cpu;
+
+	for_each_possible_cpu(cpu) {
+		most = max(most, per_cpu(kw_hits, cpu));
+		per_cpu(kw_hits, cpu) = 0;
+	}
+	*since = now;
+	return div64_u64((u64)most * USEC_PER_SEC, us);
+}
+
+static bool kw_is_waiting(const struct kw_txn *t, u32 i)
+{
+	return t->pokes[i].flags & KW_POKE_GROUP && t->states[i] == KW_WAITING;
+}
+
+/* Groups that have no int3 yet. */
+u32 kw_group_left(const struct kw_txn *t)
+{
+	u32 i, n = 0;
+
+	for (i = 0; i < t->count; i++)
+		n += kw_is_waiting(t, i);
+	return n;
+}
+
+/* Some of many, evenly spread. */
+struct kw_spread {
+	u32 some;
+	u32 many;
+	u32 sum;
+};
+
+static bool kw_takes_next(struct kw_spread *s)
+{
+	s->sum += s->some;
+	if (s->sum < s->many)
+		return false;
+	s->sum -= s->many;
+	return true;
+}
+
+static int kw_arm_batch(struct kw_txn *t, u32 from, u32 to, struct kw_spread *s, u32 *bad)
 {
 	static const u8 int3 = KW_INT3;
 	bool any = false;
@@ -129,7 +192,7 @@ static int kw_arm_batch(struct kw_txn *t, u32 from, u32 to, u32 round, u32 round
 	for (i = from; i < to; i++) {
 		const struct kw_poke *p = &t->pokes[i];
 
-		if (!(p->flags & KW_POKE_GROUP) || i % rounds != round)
+		if (!kw_is_waiting(t, i) || !kw_takes_next(s))
 			continue;
 		*bad = i;
 		if (kw_text_has_kprobe(p) || !kw_text_matches(p, p->old))
@@ -143,41 +206,57 @@ static int kw_arm_batch(struct kw_txn *t, u32 from, u32 to, u32 round, u32 round
 	return 0;
 }
 
-static u32 kw_count_groups(const struct kw_txn *t)
-{
-	u32 i, n = 0;
-
-	for (i = 0; i < t->count; i++)
-		n += t->pokes[i].flags & KW_POKE_GROUP;
-	return n;
-}
-
-u32 kw_group_rounds(const struct kw_txn *t)
-{
-	return max_t(u32, DIV_ROUND_UP(kw_count_groups(t), KW_ARMED_MAX), 1);
-}
-
-/* Empty the groups of one round; kw_lock is dropped while it waits. */
-int kw_group_arm(struct kw_txn *t, u32 round, u32 rounds, u32 *bad)
+static int kw_arm_round(struct kw_txn *t, struct kw_spread *s, u32 *bad)
 {
 	u32 from, to;
 	int ret = 0;
 
-	if (!kw_count_groups(t))
-		return 0;
-	WRITE_ONCE(kw_arming, t);
 	for (from = 0; from < t->count && !ret; from = to) {
 		to = min(from + KW_BATCH, t->count);
 		kw_text_lock();
-		ret = kw_arm_batch(t, from, to, round, rounds, bad);
+		ret = kw_arm_batch(t, from, to, s, bad);
 		kw_text_unlock();
 		cond_resched();
 	}
+	return ret;
+}
+
+static u32 kw_next_round(u32 round, u64 rate)
+{
+	if (rate > KW_RATE_HIGH)
+		return max_t(u32, round / 2, KW_ROUND_MIN);
+	if (rate < KW_RATE_LOW)
+		return min_t(u32, round * 2, KW_ROUND_MAX);
+	return round;
+}
+
+/*
+ * Empty the groups of one round; kw_lock is dropped while it waits.  A CPU that
+ * arms has ticks, one that waits may not: both times count, and in the first only
+ * half of the groups have an int3 at an average.
+ */
+int kw_group_arm(struct kw_txn *t, u32 *round, u32 *bad)
+{
+	struct kw_spread s = { .many = kw_group_left(t) };
+	ktime_t since = ktime_get();
+	u64 arming, waiting;
+	int ret;
+
+	if (!s.many)
+		return 0;
+	s.some = min(*round ?: KW_ROUND_FIRST, s.many);
+	WRITE_ONCE(kw_arming, t);
+	kw_hit_rate(&since);
+	ret = kw_arm_round(t, &s, bad);
 	if (ret)
 		return ret;
+	arming = 2 * kw_hit_rate(&since);
 	mutex_unlock(&kw_lock);
 	kw_quiesce();
 	mutex_lock(&kw_lock);
+	waiting = kw_hit_rate(&since);
+	pr_debug("%u of %u groups: %llu and %llu int3/s\n", s.some, s.many, arming, waiting);
+	*round = kw_next_round(s.some, max(arming, waiting));
 	return 0;
 }
 

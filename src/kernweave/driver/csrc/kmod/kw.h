@@ -186,8 +186,8 @@ struct kw_poke *kw_poke_around(struct kw_txn *t, u64 addr);
 
 int kw_group_init(void);
 void kw_group_exit(void);
-u32 kw_group_rounds(const struct kw_txn *t);
-int kw_group_arm(struct kw_txn *t, u32 round, u32 rounds, u32 *bad);
+u32 kw_group_left(const struct kw_txn *t);
+int kw_group_arm(struct kw_txn *t, u32 *round, u32 *bad);
 void kw_group_done(struct kw_txn *t);
 
 int kw_undo(struct kw_session *s, const struct kw_size *req, struct kw_out *out);

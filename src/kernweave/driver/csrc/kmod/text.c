@@ -345,14 +345,14 @@ static int kw_poke_pass(struct kw_txn *t, bool shorts, u32 *bad)
 /* May drop kw_lock for a grace period; the session's own lock keeps the rest away. */
 static int kw_poke_all(struct kw_txn *t, u32 *bad)
 {
-	u32 round, rounds = kw_group_rounds(t);
-	int ret = 0;
+	u32 round = 0; /* groups to arm at once; 0: not known yet */
+	int ret;
 
-	for (round = 0; round < rounds && !ret; round++) {
-		ret = kw_group_arm(t, round, rounds, bad);
+	do {
+		ret = kw_group_arm(t, &round, bad);
 		if (!ret)
 			ret = kw_poke_pass(t, false, bad);
-	}
+	} while (!ret && kw_group_left(t));
 	if (!ret)
 		ret = kw_poke_pass(t, true, bad);
 	return ret;
