@@ -9,10 +9,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from contract_sessions import Sessions, refusal
-from contract_splice import NOP5, Splice, make_splice, nop_sites
+from contract_sessions import Sessions, frame, refusal
+from contract_splice import MANY, NOP5, Splice, make_splice, nop_sites
+from kernweave.driver import uapi
 from kernweave.driver.client import CommitError, Driver
-from kernweave.driver.uapi import PokeFlag, State
+from kernweave.driver.uapi import Op, PokeFlag, State
 
 CANDIDATES = 600
 REACH = 100
@@ -29,6 +30,14 @@ def make_short(driver: Driver) -> Splice:
     pokes["new_"][0, :5] = [0xEB, distance, 0xCC, 0xCC, 0xCC]
     pokes["flags"] = [0, PokeFlag.HOST]
     return replace(splice, pokes=pokes)
+
+
+def commit_groups(splice: Splice) -> bytes:
+    """The request, for a session that does not wait for the answer."""
+    splice.pokes["flags"] = PokeFlag.GROUP
+    head = np.zeros(1, uapi.COMMIT)
+    head["area"], head["count"] = splice.area.id, len(splice.pokes)
+    return frame(Op.COMMIT, head.tobytes() + splice.pokes.tobytes())
 
 
 class GroupContract:
@@ -54,6 +63,13 @@ class GroupContract:
         assert (refusal(error), error.value.index) == ("ESTALE", 1)
         assert splice.text(driver) == 2 * NOP5
         assert not len(driver.placed())
+
+    def test_commit_whose_client_vanishes_leaves_nothing(self, sessions: Sessions) -> None:
+        splice = make_splice(sessions.driver(), MANY)
+        sessions.vanish_last(commit_groups(splice))
+        following = sessions.driver()
+        assert splice.text(following) == MANY * NOP5
+        assert not len(following.placed())
 
     def test_short_jump_is_placed_and_restored(self, sessions: Sessions) -> None:
         driver = sessions.driver()

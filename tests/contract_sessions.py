@@ -29,11 +29,16 @@ S = TypeVar("S", bound=Session)
 
 
 class Target(Protocol[S]):
-    """A kernel with a driver; `close` returns when the session's changes are undone."""
+    """A kernel with a driver; `close` returns when the session's changes are undone.
+
+    So does `vanish`, which sends a request and closes before it is answered.
+    """
 
     def connect(self) -> S: ...
 
     def close(self, session: S, /) -> None: ...
+
+    def vanish(self, session: S, request: bytes, /) -> None: ...
 
 
 class Sessions:
@@ -54,6 +59,9 @@ class Sessions:
     def close_last(self) -> None:
         self._target.close(self._open.pop())
 
+    def vanish_last(self, request: bytes) -> None:
+        self._target.vanish(self._open.pop(), request)
+
     def close(self) -> None:
         while self._open:
             self.close_last()
@@ -67,12 +75,16 @@ class Reply:
     body: bytes
 
 
-def ask(session: Session, op: int, payload: bytes = b"", *, version: int = uapi.VERSION) -> Reply:
-    """Exchange one request without the client's own checks."""
+def frame(op: int, payload: bytes = b"", *, version: int = uapi.VERSION) -> bytes:
     head = np.zeros(1, uapi.REQ)
     head["magic"], head["version"], head["op"] = uapi.MAGIC, version, op
     head["len"] = len(payload)
-    reply = bytes(session.call(head.tobytes() + payload))
+    return head.tobytes() + payload
+
+
+def ask(session: Session, op: int, payload: bytes = b"", *, version: int = uapi.VERSION) -> Reply:
+    """Exchange one request without the client's own checks."""
+    reply = bytes(session.call(frame(op, payload, version=version)))
     rep = np.frombuffer(reply[: uapi.REP.itemsize], uapi.REP)[0]
     assert rep["magic"] == uapi.MAGIC
     assert rep["op"] == op

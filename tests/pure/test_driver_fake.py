@@ -14,7 +14,7 @@ from contract_splice import MANY, NOP5, make_splice
 from kernweave.driver import uapi
 from kernweave.driver.client import CommitError, Driver
 from kernweave.driver.fake import TEXT_START, FakeKernel, FakeSession
-from kernweave.driver.uapi import Owner, State
+from kernweave.driver.uapi import Owner, PokeFlag, State
 from kernweave.errors import DriverError
 
 STRIDE = 16
@@ -45,6 +45,13 @@ class FakeTarget:
         return self._kernel.open()
 
     def close(self, session: FakeSession) -> None:
+        session.close()
+
+    def vanish(self, session: FakeSession, request: bytes) -> None:
+        self._kernel.text.patience = 3  # groups are armed, some are placed
+        with pytest.raises(DriverError, match="signal"):
+            session.call(request)
+        self._kernel.text.patience = None
         session.close()
 
 
@@ -81,6 +88,23 @@ def test_log_of_stale_poke_in_second_batch_is_one_batch_and_its_undo() -> None:
         (False, uapi.BATCH),
         (True, uapi.BATCH),
     ]
+
+
+@pytest.mark.parametrize("patience", range(6))
+def test_log_of_interrupted_commit_is_some_batches_and_their_undo(patience: int) -> None:
+    kernel = make_kernel()
+    driver = Driver(kernel.open().call)
+    splice = make_splice(driver, MANY)
+    splice.pokes["flags"] = PokeFlag.GROUP
+    kernel.text.patience = patience
+    with pytest.raises(DriverError) as error:
+        driver.commit(splice.area, splice.pokes)
+    assert error.value.errno == errno.EINTR
+    done = min(patience, 4)  # the last pass, of short jumps, has none to write
+    assert [batch.undo for batch in kernel.log] == [False] * done + [True] * min(patience, 2)
+    assert splice.text(driver) == MANY * NOP5
+    kernel.text.patience = None
+    assert driver.states(driver.commit(splice.area, splice.pokes)).tolist() == [State.PLACED] * MANY
 
 
 def test_log_of_refused_poke_is_empty() -> None:

@@ -4,7 +4,8 @@
 usage: kill_client.py LAB STAGE POINT...
 
 Stages: a method of Driver and `before` or `after` it, for instance before:commit, after:undo;
-`work` while a workload runs; `never` says `attached` and waits for its standard input to end.
+`work` while a workload runs; `never` says `attached` and waits for its standard input to end,
+and so does `groups`, which places nothing else.
 """
 
 from __future__ import annotations
@@ -43,14 +44,17 @@ def arm(stage: str) -> None:
 
 
 def main(lab: str, stage: str, *points: str) -> None:
+    tactics: tuple[str, ...] | None
     if ":" in stage:
         arm(stage)
     with kernweave.connect(f"lab:{lab}") as session:
         # so many traps, or grace periods, would take a minute
         tactics = ("nop5", "jmp32") if len(points) > 100 else None
+        if stage == "groups":
+            tactics = ("group",)
         hits = session.count(*points, partial=True, tactics=tactics)
         print("attached", flush=True)
-        if stage == "never":
+        if stage in ("never", "groups"):
             sys.stdin.read()
         if stage == "work":
             session._link.exec_start([program("mixed"), "50"])

@@ -3,10 +3,17 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
+from guest import LONGEST_S
 
 from contract import DriverContract
+from contract_group import commit_groups
+from contract_splice import MANY, make_splice
+from kernweave.driver.client import Driver
 from kernweave.driver.link import Link
+from kernweave.driver.records import Type
 from kernweave.lab.machine import Lab
 
 
@@ -25,6 +32,10 @@ class LabTarget:
         session.close()
         self._lab.connect().close()
 
+    def vanish(self, session: Link, request: bytes) -> None:
+        session._send(Type.CALL, request, None)
+        self.close(session)
+
 
 @pytest.fixture
 def target(machine: Lab) -> LabTarget:
@@ -33,3 +44,18 @@ def target(machine: Lab) -> LabTarget:
 
 class TestRealDriver(DriverContract):
     pass
+
+
+def test_commit_is_done_though_records_come_meanwhile(target: LabTarget) -> None:
+    """Each of them interrupts the agent, which then asks the driver again."""
+    link = target.connect()
+    driver = Driver(link.call)
+    splice = make_splice(driver, MANY)
+    tag = link._send(Type.CALL, commit_groups(splice), None)
+    for rows in range(10):
+        link.resize(rows, 80)
+    answer = link._receive(time.monotonic() + LONGEST_S)
+    assert answer is not None
+    assert (answer.type, answer.tag) == (Type.REPLY, tag)
+    assert splice.text(driver) == splice.pokes["new_"][:, :5].tobytes()
+    target.close(link)

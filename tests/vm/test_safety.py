@@ -30,10 +30,12 @@ import kernweave
 from kernweave.driver.link import Link
 from kernweave.driver.records import HEADER, Type
 from kernweave.lab.machine import Lab
+from kernweave.model.plan import Tactic
 from kernweave.session.session import Session
 from kernweave.session.target import driver_kmod
 
 CLIENT = Path(__file__).parent / "kill_client.py"
+COLD = ("ne*@insns", "nf*@insns")
 FEW = ("vfs_read@insns", "vfs_write", "__schedule@blocks", "try_to_wake_up@insns")
 STAGES = ("before:area", "after:area", "after:percpu", "after:write", "before:seal", "after:seal",
           "before:commit", "after:commit", "work", "before:undo", "after:undo", "before:quiesce",
@@ -114,6 +116,27 @@ def test_client_killed_at_a_random_moment_of_a_large_attach_leaves_nothing(
         print(f"seed {SEED}, turn {turn}: kill at {at_least} sites")
         until("sites placed", lambda: len(reader.driver.placed()) >= at_least)
         kill(client)
+
+
+def test_client_killed_in_a_commit_of_many_groups_makes_way_for_the_next(lab: Lab) -> None:
+    """The driver begins few more rounds, each at most twice as large as the one before."""
+    seen = [0]
+    with kernweave.connect(target(lab), writer=False) as reader:
+
+        def look() -> int:
+            seen.append(len(reader.driver.placed()))
+            return seen[-1]
+
+        found = reader.survey(*COLD, tactics=("group",)).of(Tactic.GROUP)
+        groups = len({one.site_addr for one in found})
+        assert groups > 16_000
+        client = start(lab, "groups", *COLD)
+        until("groups are armed", lambda: look() > 100)
+        at = seen[-1]
+        kill(client)
+        until("everything is taken out", lambda: not look())
+    print(f"killed at {at} sites, {max(seen)} at most, of {groups}")
+    assert max(seen) < min(groups, 8 * at + 8192)  # three rounds more; what is no group, once
 
 
 def test_client_killed_while_it_takes_out_20000_points_leaves_nothing(lab: Lab) -> None:

@@ -220,7 +220,7 @@ class FakeSession:
         """Answer one request, as the ioctl does.
 
         Raises:
-            DriverError: what the ioctl itself refuses (EBADF, EMSGSIZE, EBADMSG).
+            DriverError: what the ioctl itself refuses (EBADF, EMSGSIZE, EBADMSG), or EINTR.
         """
         request = bytes(request)
         _check_frame(self._open, request)
@@ -229,6 +229,8 @@ class FakeSession:
         try:
             self._dispatch(int(head["version"]), int(head["op"]), request[uapi.REQ.itemsize :], out)
         except RefusalError as refusal:
+            if refusal.errno == errno.EINTR:
+                raise DriverError("a signal is pending", errno.EINTR) from None
             status = -refusal.errno
         rep = row_bytes(
             uapi.REP,

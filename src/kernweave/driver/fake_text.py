@@ -89,6 +89,7 @@ class Text:
 
     Attributes:
         log: batches, in the order they were written.
+        patience: batches a commit has before a signal is pending for its caller; None: no signal.
         txns: every transaction that is not dropped, of all sessions and pinned ones.
     """
 
@@ -107,6 +108,7 @@ class Text:
         self._has_kprobe = has_kprobe
         self._next_id = 1
         self.log: list[Batch] = []
+        self.patience: int | None = None
         self.txns: list[FakeTxn] = []
 
     # ---- commit --------------------------------------------------------------------------------
@@ -148,9 +150,10 @@ class Text:
         """Poke in batches: `kw_poke_all`; the caller undoes when it is refused.
 
         Raises:
-            RefusalError: ESTALE; `out.detail` is the poke whose old bytes differ.
+            RefusalError: ESTALE; `out.detail` is the poke whose old bytes differ. EINTR.
         """
         for rows in _batches(txn):
+            self._wait_turn()
             writes = []
             for out.detail in rows:
                 poke = txn.pokes[out.detail]
@@ -161,7 +164,14 @@ class Text:
             self._flush(writes, undo=False)
         for shorts in (False, True):
             for rows in _batches(txn, shorts):
+                self._wait_turn()
                 self._poke(txn, rows, out)
+
+    def _wait_turn(self) -> None:
+        """Give up if a signal is pending."""
+        if self.patience is not None:
+            refuse_if(self.patience == 0, errno.EINTR)
+            self.patience -= 1
 
     def _poke(self, txn: FakeTxn, rows: list[int], out: Out) -> None:
         """`kw_poke_batch`."""

@@ -65,7 +65,8 @@ class LocalLink:
             0,
         )
         try:
-            fcntl.ioctl(self._fd, _CALL, fields)
+            while not _is_done(self._fd, fields):
+                pass
         except OSError as error:
             raise DriverError(f"{DEVICE}: {error.strerror}", error.errno or 0) from error
         return memoryview(bytes(memoryview(self._reply)[: fields[4]]))
@@ -124,6 +125,15 @@ class LocalLink:
         """Send a signal to the process group of the running command, if there is one."""
         if self._process is not None and self._process.poll() is None:
             os.killpg(self._process.pid, signals.Signals(signo))
+
+
+def _is_done(fd: int, fields: ctypes.Array[ctypes.c_uint64]) -> bool:
+    """Call the driver; false if a signal interrupted it, whose handler then did not raise."""
+    try:
+        fcntl.ioctl(fd, _CALL, fields)
+    except InterruptedError:
+        return False
+    return True
 
 
 def _open_device() -> int:

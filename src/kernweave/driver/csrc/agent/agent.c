@@ -35,10 +35,11 @@ static unsigned char reset_magic[KW_MAGIC_LEN];
 static int port = -1, driver = -1;
 static struct kw_port *shared;
 static enum state state;
+static unsigned int ended;	/* sessions so far */
 
-static unsigned char *in; /* received, not yet taken; payload + header + end at most */
+static unsigned char *in; /* received, not yet taken; a whole record, and what came meanwhile */
 static size_t in_len;
-#define IN_MAX	(sizeof(struct kw_record) + KW_PAYLOAD_MAX + 1)
+#define IN_MAX	(sizeof(struct kw_record) + KW_PAYLOAD_MAX + 1 + KW_CHUNK_MAX)
 
 static unsigned char *out;		/* the slot: header, payload, end */
 static size_t out_off, out_len;
@@ -96,9 +97,47 @@ static void end_session(void)
 	kw_command_detach(&command);
 	in_len = out_off = out_len = 0;
 	state = ADRIFT;
+	ended++;
 	/* Give large buffers back. */
 	madvise(in, IN_MAX, MADV_DONTNEED);
 	madvise(out, IN_MAX, MADV_DONTNEED);
+}
+
+static bool host_is_gone(void)
+{
+	struct pollfd host = { .fd = port };
+
+	return poll(&host, 1, 0) == 1 && host.revents & POLLHUP;
+}
+
+static void receive(void);
+
+static void let_sigio(int how)
+{
+	sigset_t sigio;
+
+	sigemptyset(&sigio);
+	sigaddset(&sigio, SIGIO);
+	sigprocmask(how, &sigio, NULL);
+}
+
+/*
+ * A commit is interrupted by SIGIO: the host has left, or it is there again, or it
+ * sent something. Only in the last case there is still somebody who wants it.
+ */
+static int call_driver(struct kw_call *call)
+{
+	unsigned int mine = ended;
+	int err;
+
+	do {
+		let_sigio(SIG_UNBLOCK);
+		err = ioctl(driver, KW_IOC_CALL, call) ? errno : 0;
+		let_sigio(SIG_BLOCK);
+		if (err == EINTR)
+			receive();	/* a RESET ends the session */
+	} while (err == EINTR && ended == mine && !host_is_gone());
+	return err;
 }
 
 static void do_call(uint16_t tag, const unsigned char *req, size_t len)
@@ -109,15 +148,19 @@ static void do_call(uint16_t tag, const unsigned char *req, size_t len)
 		.rep = (uintptr_t)(OUT_PAYLOAD + 8),
 		.rep_cap = KW_REPLY_MAX,
 	};
+	unsigned int mine = ended;
 	int err = 0;
 
 	if (driver < 0)
 		driver = open("/dev/kernweave", O_RDWR | O_CLOEXEC);
-	if (driver < 0 || ioctl(driver, KW_IOC_CALL, &call))
-		err = -errno;
-	else if (call.rep_len > KW_REPLY_MAX)
-		err = -EOVERFLOW;
-	answer_status(KW_REPLY, tag, err, call.rep_len);
+	if (driver < 0)
+		err = errno;
+	else
+		err = call_driver(&call);
+	if (!err && call.rep_len > KW_REPLY_MAX)
+		err = EOVERFLOW;
+	if (ended == mine)
+		answer_status(KW_REPLY, tag, -err, call.rep_len);
 }
 
 static void do_readfile(uint16_t tag, const char *path)
@@ -200,6 +243,7 @@ static void dispatch(const struct kw_record *head, unsigned char *payload)
 static int take_record(void)
 {
 	struct kw_record head;
+	unsigned int mine = ended;
 	size_t size;
 
 	if (state != SESSION || in_len < sizeof(head))
@@ -214,6 +258,8 @@ static int take_record(void)
 	if (in_len < size)
 		return 0;
 	dispatch(&head, in + sizeof(head));
+	if (ended != mine)	/* meanwhile: what is there now came after it */
+		return 0;
 	in_len -= size;
 	memmove(in, in + size, in_len);
 	return 1;
@@ -304,14 +350,6 @@ static void take_output(void)
 	}
 }
 
-/* Sleeps until the host connects: SIGIO tells, the time-out is for safety. */
-static bool host_is_gone(void)
-{
-	struct pollfd host = { .fd = port };
-
-	return poll(&host, 1, 0) == 1 && host.revents & POLLHUP;
-}
-
 /* Wait for a sign of the host; true if there is none for some time. */
 static bool host_stays_away(long limit_ms)
 {
@@ -367,15 +405,19 @@ static void serve(void)
 		;		/* detached commands */
 }
 
+static void interrupt(int signo)
+{
+	(void)signo;
+}
+
 static void open_port(const char *path)
 {
-	sigset_t sigio;
+	struct sigaction act = { .sa_handler = interrupt };	/* no SA_RESTART */
 
 	while ((port = open(path, O_RDWR | O_NONBLOCK | O_CLOEXEC)) < 0)
 		usleep(20 * 1000);	/* one opener at a time: the last agent is still going */
-	sigemptyset(&sigio);
-	sigaddset(&sigio, SIGIO);
-	sigprocmask(SIG_BLOCK, &sigio, NULL);
+	let_sigio(SIG_BLOCK);
+	sigaction(SIGIO, &act, NULL);
 	fcntl(port, F_SETOWN, getpid());
 	fcntl(port, F_SETFL, O_NONBLOCK | O_ASYNC);
 }

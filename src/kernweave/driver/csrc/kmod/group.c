@@ -15,11 +15,14 @@
  * So groups are armed in rounds, each spread evenly over all that still wait: what
  * its int3 cost tells what those of the next round will.  The first is small, and
  * the next is twice as large if no CPU spent much on them, half as large if one did.
+ * Many rounds take long, so a signal ends them before any batch; the undo of what
+ * is armed and placed by then goes on to its end.
  */
 #include <linux/kdebug.h>
 #include <linux/ktime.h>
 #include <linux/notifier.h>
 #include <linux/percpu.h>
+#include <linux/sched/signal.h>
 
 #include "kw.h"
 
@@ -213,6 +216,8 @@ static int kw_arm_round(struct kw_txn *t, struct kw_spread *s, u32 *bad)
 
 	for (from = 0; from < t->count && !ret; from = to) {
 		to = min(from + KW_BATCH, t->count);
+		if (signal_pending(current))
+			return -EINTR;
 		kw_text_lock();
 		ret = kw_arm_batch(t, from, to, s, bad);
 		kw_text_unlock();

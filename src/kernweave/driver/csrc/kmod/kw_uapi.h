@@ -36,6 +36,7 @@ struct kw_call {
 	__u64 rep_len; /* out: bytes written */
 };
 
+/* EINTR: a signal came before a commit was done, which was rolled back; there is no reply. */
 #define KW_IOC_CALL _IOWR('K', 0x57, struct kw_call)
 
 struct kw_req {

@@ -204,7 +204,8 @@ static int kw_call(struct kw_session *s, struct kw_call *call)
 		ret = -EBADMSG;
 	} else {
 		ret = kw_dispatch(s, r, &out);
-		ret = kw_reply(call, r, ret, &out);
+		if (ret != -EINTR) /* nothing is done: the caller decides whether it asks again */
+			ret = kw_reply(call, r, ret, &out);
 	}
 	kvfree(out.buf);
 	kvfree(r);

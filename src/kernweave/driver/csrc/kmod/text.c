@@ -9,10 +9,12 @@
  *   4. per batch, under kprobe_mutex and text_mutex: look for kprobes, compare
  *      old bytes, poke through the kernel's int3 protocol, read back; short
  *      jumps last, when their springboards are there;
- *   5. on a mismatch, undo the earlier batches and name the poke.
+ *   5. on a mismatch, undo the earlier batches and name the poke; undo them as
+ *      well if a signal is pending before a batch: whoever asked may have died.
  */
 #include <linux/kprobes.h>
 #include <linux/memory.h>
+#include <linux/sched/signal.h>
 #include <linux/slab.h>
 #include <linux/uaccess.h>
 
@@ -334,6 +336,8 @@ static int kw_poke_pass(struct kw_txn *t, bool shorts, u32 *bad)
 
 	for (from = 0; from < t->count && !ret; from = to) {
 		to = min(from + KW_BATCH, t->count);
+		if (signal_pending(current))
+			return -EINTR;
 		kw_text_lock();
 		ret = kw_poke_batch(t, from, to, shorts, bad);
 		kw_text_unlock();
