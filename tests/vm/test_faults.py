@@ -32,11 +32,13 @@ from kernweave.lab.build import build_kmod
 from kernweave.lab.machine import Lab
 from kernweave.lab.packages import fetch_kernel
 from kernweave.session.attachment import Attachment
+from kernweave.session.hooks import SEARCHES
 from kernweave.session.session import Session
 
 ROUNDS = 300
 SLEEPER = "strncpy_from_user@insns"
 DIRECTORY = "/tmp/kw-faults"
+HOOKED = (*SEARCHES, "arch_prepare_kprobe", "ftrace_replace_code")
 KMOD = "kw_subject"
 WARN = f"{KMOD}:kw_subject_warn@insns"
 PARAMETERS = f"/sys/module/{KMOD}/parameters"
@@ -80,6 +82,18 @@ def test_faults_in_displaced_instructions_are_fixed_up(lab: Lab, kind: str) -> N
         assert hits.text_restored and hits.exact().all() and not hits.in_flight
         counts = hits.hits()[searched(session, hits)]
         assert counts.sum() >= ROUNDS and len(counts) > 5
+
+
+def test_functions_in_which_the_driver_has_hooks_are_counted_but_for_those(lab: Lab) -> None:
+    """Also when the hooks are made for this very attach."""
+    with kernweave.connect(target(lab)) as session:
+        points = [f"{name}@insns" for name in HOOKED]
+        with session.count(*points, "vfs_read", "strncpy_from_user@insns") as hits:
+            session.run([program("faults"), "bad", "10"], check=True)
+        refused = {one.point for one in hits.refused if one.reason is Reason.BUSY_PLAN}
+        assert hits.text_restored and hits.exact().all()
+        for name in HOOKED:
+            assert 0 < sum(point.startswith(f"{name}+") for point in refused) <= 4
 
 
 def start_sleeper(link: Link) -> None:

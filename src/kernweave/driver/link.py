@@ -92,12 +92,13 @@ class Link:
 
     # ---- requests ------------------------------------------------------------------------------
 
-    def call(self, request: bytes | memoryview, timeout: float | None = 60.0) -> memoryview:
+    def call(self, request: bytes | memoryview, timeout: float | None = 300.0) -> memoryview:
         """Return the driver's reply to one request; works while a command runs.
 
         Args:
             request: at most 64 MiB.
-            timeout: seconds, or None to wait as long as it takes.
+            timeout: seconds, or None to wait as long as it takes; a commit of 100,000 groups
+                takes a minute in an idle lab.
 
         Raises:
             DriverError: the driver cannot be opened or refuses; `errno` says why.

@@ -67,11 +67,19 @@ _NONE: Addrs = np.zeros(0, np.uint64)
 
 @dataclass(frozen=True)
 class Ranges:
-    """Half-open address ranges of one reason: uint64[n] starts (ascending) and ends."""
+    """Half-open address ranges of one reason.
+
+    Attributes:
+        reason: why no point may be placed there.
+        starts: uint64[n], ascending.
+        ends: uint64[n], exclusive.
+        traps: they are kprobes: one more does no harm.
+    """
 
     reason: Reason
     starts: Addrs
     ends: Addrs
+    traps: bool = False
 
     def overlap(self, starts: Addrs, ends: Addrs) -> npt.NDArray[np.bool_]:
         """bool[m]: which of the half-open ranges [starts, ends) touch one of these."""
@@ -119,10 +127,10 @@ class Sites:
     other_modes: tuple[tuple[int, int], ...] = ()
 
 
-def make_ranges(reason: Reason, starts: Addrs, ends: Addrs) -> Ranges:
+def make_ranges(reason: Reason, starts: Addrs, ends: Addrs, traps: bool = False) -> Ranges:
     """Sort ranges by their start; they may overlap."""
     order = np.argsort(starts, kind="stable")
-    return Ranges(reason, starts[order].astype(np.uint64), ends[order].astype(np.uint64))
+    return Ranges(reason, starts[order].astype(np.uint64), ends[order].astype(np.uint64), traps)
 
 
 def contains(table: Addrs, addrs: Addrs) -> npt.NDArray[np.bool_]:

@@ -11,7 +11,7 @@ import numpy as np
 from kernweave.analysis.code import Code, Part, build_code
 from kernweave.driver.client import Driver
 from kernweave.driver.uapi import Fact
-from kernweave.session.attach import Known, make_pokes
+from kernweave.session.attach import Choice, Known, make_pokes
 from kernweave.session.view import KernelView
 from kernweave.splice.hook import (
     Hook,
@@ -38,12 +38,29 @@ class Hooks:
         self._ftrace = False
         self._kprobes = False
         self._searches = False
+        self._spliced: list[tuple[int, int]] = []  # start and end of what was changed
+
+    def prepare(self, choice: Choice) -> bool:
+        """Make the hooks that a choice needs; whether one of them is where it has a site."""
+        before = len(self._spliced)
+        if len(choice.entries.addr):
+            self._yield_to_ftrace()
+        if any(len(site.insns) > 1 for site in choice.sites):
+            self._yield_to_kprobes()
+        if any(insn.searched for site in choice.sites for insn in site.insns):
+            self._translate()
+        starts = np.array([site.addr for site in (*choice.sites, *choice.traps)], np.uint64)
+        sizes = [len(site.code) for site in (*choice.sites, *choice.traps)]
+        ends = starts + np.array(sizes, np.uint64)
+        return any(
+            bool(((starts < end) & (ends > start)).any()) for start, end in self._spliced[before:]
+        )
 
     def can_yield_to_ftrace(self) -> bool:
         """Whether nops of ftrace may be used."""
         return self._ftrace or self._ftrace_site() is not None
 
-    def yield_to_ftrace(self) -> None:
+    def _yield_to_ftrace(self) -> None:
         """Before any nop of ftrace is used: get told when ftrace changes text."""
         if self._ftrace:
             return
@@ -53,7 +70,7 @@ class Hooks:
         self._splice([Hook(code, row, row + 1, self._driver.facts.yield_addr)])
         self._ftrace = True
 
-    def yield_to_kprobes(self) -> None:
+    def _yield_to_kprobes(self) -> None:
         """Before several instructions are replaced by one jump: get told of new kprobes.
 
         Where the kernel has no such place, a kprobe between them is refused by the kernel.
@@ -71,7 +88,7 @@ class Hooks:
         """Whether instructions may be displaced that the kernel looks up by their address."""
         return self._searches or len(self._search_hooks()) == len(SEARCHES)
 
-    def translate(self) -> None:
+    def _translate(self) -> None:
         """Before such an instruction is displaced: searches for its copy find its native address.
 
         These hooks stay until the driver has seen that nobody is in a copy.
@@ -120,3 +137,4 @@ class Hooks:
         self._driver.write(area, 0, body)
         self._driver.seal(area)
         self._driver.commit(area, make_pokes(pokes))
+        self._spliced += [(hook.addr, hook.addr + len(hook.old)) for hook in hooks]

@@ -25,6 +25,7 @@ from kernweave.model.point import parse_point
 from kernweave.session.analysis import Analysis
 from kernweave.session.attach import (
     Amend,
+    Choice,
     Clobber,
     Decision,
     check_refusals,
@@ -310,22 +311,25 @@ class Session:
             ...     k.run(["true"])
             >>> hits.rows()  # doctest: +SKIP
         """
-        decision = self._decide(points, tactics)
-        check_refusals(decision, partial)
-        choice = choose(decision, self._view.sites, self._analysis)
+        choice = self._choose(points, partial, tactics)
         if clobber:
             choice = clobbering(choice, clobber)
-        if len(choice.entries.addr):
-            self._hooks.yield_to_ftrace()
-        if any(len(site.insns) > 1 for site in choice.sites):
-            self._hooks.yield_to_kprobes()
-        if any(insn.searched for site in choice.sites for insn in site.insns):
-            self._hooks.translate()
         with _undivided():
             placed = commit(self._driver, choice, amend)
             attachment = Attachment(self._driver, placed, choice.refused)
             self._attachments.append(attachment)
         return attachment
+
+    def _choose(
+        self, points: Sequence[str], partial: bool, tactics: Sequence[str] | None
+    ) -> Choice:
+        """Decide; and again if what the choice needs in the kernel took a place it has."""
+        while True:
+            decision = self._decide(points, tactics)
+            check_refusals(decision, partial)
+            choice = choose(decision, self._view.sites, self._analysis)
+            if not self._hooks.prepare(choice):
+                return choice
 
     def _tactics(self, names: Sequence[str] | None) -> list[Tactic]:
         known = {tactic.value: tactic for tactic in Tactic}

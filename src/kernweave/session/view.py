@@ -240,11 +240,15 @@ def _overlay(code: bytes, start: int, addr: int, original: bytes) -> bytes:
 
 def _in_use(kprobes: Rows, placed: Rows) -> list[Ranges]:
     others = kprobes["owner"] == Owner.OTHERS
-    ours = np.concatenate((kprobes[~others], placed))
     found = []
-    for reason, rows in ((Reason.BUSY_KPROBE, kprobes[others]), (Reason.BUSY_PLAN, ours)):
+    for reason, rows, traps in (
+        (Reason.BUSY_KPROBE, kprobes[others], True),
+        (Reason.BUSY_PLAN, kprobes[~others], True),
+        (Reason.BUSY_PLAN, placed, False),
+    ):
         starts = rows["addr"].astype(np.uint64)
-        found.append(make_ranges(reason, starts, starts + rows["len"].astype(np.uint64)))
+        ends = starts + rows["len"].astype(np.uint64)
+        found.append(make_ranges(reason, starts, ends, traps))
     return found
 
 

@@ -74,9 +74,10 @@ def place(code: Code, rows: Rows, sites: Sites, rules: Rules) -> Placement:
         rules: what the kernel allows.
     """
     reasons = np.full(len(rows), None, object)
+    one_trap_more = _is_trapped(code, rows, sites) & (code.room[rows] < SITE_BYTES)
     for reason, hit in _refusals(code, rows, sites, rules):
-        if reason in _IN_USE:  # one trap more does no harm where only a trap fits
-            hit &= code.room[rows] >= SITE_BYTES
+        if reason in _IN_USE:
+            hit &= ~one_trap_more
         reasons[hit & (reasons == None)] = reason  # noqa: E711  (elementwise)
     tactics = np.full(len(rows), None, object)
     boards = no_boards(Windows(rows[:0], rows[:0]))
@@ -200,6 +201,17 @@ def _by_address(code: Code, rows: Rows, sites: Sites) -> list[tuple[Reason, Mask
 def is_searched(code: Code, sites: Sites) -> Mask:
     """bool[n]: the same of all instructions, whichever the table."""
     return contains(sites.exceptions, code.addr) | contains(sites.bugs, code.addr)
+
+
+def _is_trapped(code: Code, rows: Rows, sites: Sites) -> Mask:
+    """What only kprobes are on."""
+    addr = code.addr[rows]
+    ends = addr + np.maximum(code.length[rows], 1)
+    found = {True: np.zeros(len(rows), bool), False: np.zeros(len(rows), bool)}
+    for ranges in sites.ranges:
+        if ranges.reason in _IN_USE:
+            found[ranges.traps] |= ranges.overlap(addr, ends)
+    return found[True] & ~found[False]
 
 
 def _follows(code: Code, rows: Rows, trait: Trait) -> Mask:

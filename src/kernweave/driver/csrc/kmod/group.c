@@ -186,40 +186,39 @@ static bool kw_takes_next(struct kw_spread *s)
 	return true;
 }
 
-static int kw_arm_batch(struct kw_txn *t, u32 from, u32 to, struct kw_spread *s, u32 *bad)
+/* A batch of a round, from *next on. */
+static int kw_arm_batch(struct kw_txn *t, u32 *next, struct kw_spread *s, u32 *bad)
 {
 	static const u8 int3 = KW_INT3;
-	bool any = false;
-	u32 i;
+	u32 n = 0;
 
-	for (i = from; i < to; i++) {
-		const struct kw_poke *p = &t->pokes[i];
+	for (; *next < t->count && n < KW_BATCH; ++*next) {
+		const struct kw_poke *p = &t->pokes[*next];
 
-		if (!kw_is_waiting(t, i) || !kw_takes_next(s))
+		if (!kw_is_waiting(t, *next) || !kw_takes_next(s))
 			continue;
-		*bad = i;
+		*bad = *next;
 		if (kw_text_has_kprobe(p) || !kw_text_matches(p, p->old))
 			return -ESTALE;
-		t->states[i] = KW_ARMED;
+		t->states[*next] = KW_ARMED;
 		kw_syms.poke((void *)p->addr, &int3, sizeof(int3));
-		any = true;
+		n++;
 	}
-	if (any)
+	if (n)
 		kw_syms.poke_sync();
 	return 0;
 }
 
 static int kw_arm_round(struct kw_txn *t, struct kw_spread *s, u32 *bad)
 {
-	u32 from, to;
+	u32 next = 0;
 	int ret = 0;
 
-	for (from = 0; from < t->count && !ret; from = to) {
-		to = min(from + KW_BATCH, t->count);
+	while (next < t->count && !ret) {
 		if (signal_pending(current))
 			return -EINTR;
 		kw_text_lock();
-		ret = kw_arm_batch(t, from, to, s, bad);
+		ret = kw_arm_batch(t, &next, s, bad);
 		kw_text_unlock();
 		cond_resched();
 	}

@@ -209,33 +209,42 @@ static bool kw_is_ready(const struct kw_txn *t, u32 i)
 	return t->states[i] == KW_WAITING;
 }
 
-static int kw_poke_batch(struct kw_txn *t, u32 from, u32 to, bool shorts, u32 *bad)
+/* A batch: the next pokes from *next on whose turn it is, ascending. */
+static u32 kw_next_batch(const struct kw_txn *t, u32 *next, bool shorts, u32 *rows)
 {
-	bool todo[KW_BATCH];
+	u32 n = 0;
+
+	for (; *next < t->count && n < KW_BATCH; ++*next)
+		if (kw_in_pass(t, *next, shorts) && kw_is_ready(t, *next))
+			rows[n++] = *next;
+	return n;
+}
+
+static int kw_poke_batch(struct kw_txn *t, const u32 *rows, u32 n, u32 *bad)
+{
+	const struct kw_poke *p;
 	u32 i;
 
 	lockdep_assert_held(kw_syms.text_mutex);
-	for (i = from; i < to; i++) {
-		*bad = i;
-		todo[i - from] = kw_in_pass(t, i, shorts) && kw_is_ready(t, i);
-		if (todo[i - from] && !kw_is_as_before(t, i))
+	for (i = 0; i < n; i++) {
+		*bad = rows[i];
+		if (!kw_is_as_before(t, rows[i]))
 			return -ESTALE;
 	}
-	for (i = from; i < to; i++) {
-		if (!todo[i - from])
-			continue;
-		kw_queue(&t->pokes[i], t->pokes[i].new_);
-		t->states[i] = KW_PLACED;
+	for (i = 0; i < n; i++) {
+		p = &t->pokes[rows[i]];
+		kw_queue(p, p->new_);
+		t->states[rows[i]] = KW_PLACED;
 	}
 	kw_finish();
-	for (i = from; i < to; i++)
-		if (todo[i - from])
-			kw_write_rest(&t->pokes[i], t->pokes[i].new_);
-	for (i = from; i < to; i++) {
-		*bad = i;
-		if (!todo[i - from])
-			continue;
-		if (WARN_ON_ONCE(!kw_text_matches(&t->pokes[i], t->pokes[i].new_)))
+	for (i = 0; i < n; i++) {
+		p = &t->pokes[rows[i]];
+		kw_write_rest(p, p->new_);
+	}
+	for (i = 0; i < n; i++) {
+		*bad = rows[i];
+		p = &t->pokes[rows[i]];
+		if (WARN_ON_ONCE(!kw_text_matches(p, p->new_)))
 			return -EIO;
 	}
 	return 0;
@@ -331,15 +340,15 @@ void kw_text_flush(void)
 
 static int kw_poke_pass(struct kw_txn *t, bool shorts, u32 *bad)
 {
-	u32 from, to;
+	static u32 rows[KW_BATCH]; /* under text_mutex */
+	u32 next = 0;
 	int ret = 0;
 
-	for (from = 0; from < t->count && !ret; from = to) {
-		to = min(from + KW_BATCH, t->count);
+	while (next < t->count && !ret) {
 		if (signal_pending(current))
 			return -EINTR;
 		kw_text_lock();
-		ret = kw_poke_batch(t, from, to, shorts, bad);
+		ret = kw_poke_batch(t, rows, kw_next_batch(t, &next, shorts, rows), bad);
 		kw_text_unlock();
 		cond_resched();
 	}
