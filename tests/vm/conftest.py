@@ -76,8 +76,8 @@ class Shared:
         self._failed = 0
 
     def lab(self, failed: int) -> Lab:
-        """The lab, booted unless it runs and no test failed since."""
-        if self._lab is None or failed != self._failed:
+        """The lab, booted unless it runs, which it does not when idle, and no test failed since."""
+        if self._lab is None or not self._lab.running() or failed != self._failed:
             self.discard()
             self._lab, self._failed = self._boot.enter_context(booted("shared")), failed
         return self._lab
