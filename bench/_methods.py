@@ -113,10 +113,15 @@ def kernweave_methods(found: Sequence[Candidate], inside: Candidate) -> list[Met
         chosen.setdefault(one.name, one)
     trap = Method("kernweave int3", inside.point, partial(_counter, inside.point, ("int3",)))
     spliced = [
-        Method(name, one.point, partial(_counter, one.point, (one.tactic,)))
+        Method(name, one.point, partial(_counter, one.point, tactics_for(one.tactic)))
         for name, one in sorted(chosen.items(), key=lambda item: _order(item[1]))
     ]
     return [*spliced, trap]
+
+
+def tactics_for(tactic: str) -> list[str]:
+    """What to allow so that a point gets a tactic: springboards may have to be made by groups."""
+    return [Tactic.GROUP, Tactic.SPRINGBOARD] if tactic == Tactic.SPRINGBOARD else [tactic]
 
 
 def _order(one: Candidate) -> tuple[bool, int, str]:

@@ -24,6 +24,7 @@ from _methods import (
     kernweave_methods,
     kprobe_methods,
     optimisable,
+    tactics_for,
 )
 from _one_point import one_point
 from _record import record
@@ -114,7 +115,7 @@ def _added(workload: Workload, one: Candidate) -> float:
     added = []
     for _ in range(3):
         native = workload.cost()
-        with workload.session.count(one.point, tactics=[one.tactic]):
+        with workload.session.count(one.point, tactics=tactics_for(one.tactic)):
             added.append(workload.cost() - native)
     return statistics.median(added)
 
