@@ -227,10 +227,11 @@ def _print_refused(hits: Attachment) -> None:
 def _summary(hits: Attachment) -> str:
     used = ", ".join(f"{tactic} {number:,}" for tactic, number in hits.tactics().items())
     text = "text restored" if hits.text_restored else "TEXT NOT RESTORED"
-    evicted = f", {hits.evicted} given back to ftrace" if hits.evicted else ""
+    evicted = f", {hits.evicted} given back" if hits.evicted else ""
+    inside = f", {hits.in_flight} tasks asleep inside" if hits.in_flight else ""
     total = len(hits.placed) + len(hits.refused)
     noun = "point" if total == 1 else "points"
     slow = " (slow)" if Tactic.INT3 in hits.tactics() else ""
     missed = int(hits.missed().sum())
-    rest = f"{len(hits.refused):,} refused, {missed:,} missed{evicted}; {text}"
+    rest = f"{len(hits.refused):,} refused, {missed:,} missed{evicted}{inside}; {text}"
     return f"{total:,} {noun}: {used}{slow}; {rest}"
