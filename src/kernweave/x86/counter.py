@@ -33,6 +33,7 @@ _CARRY = 1 << (16 + 4)
 CLOBBERED_FLAGS = FLAGS_MASK & ~_CARRY
 
 
+_PUSH_BYTES, _WORD_BYTES = 2, 8
 _SCRATCH = sum(1 << register for register in SCRATCH_ORDER)
 
 
@@ -87,3 +88,57 @@ def counter_snippet(dead: int) -> Snippet:
         before, after = before + _push(register), _pop(register) + after
         spills.append(REG_NAMES[register])
     return Snippet(before + movabs + inc + after, len(before) + 2, tuple(spills))
+
+
+# ---- many at once --------------------------------------------------------------------------------
+
+
+def _first_free() -> npt.NDArray[np.uint8]:
+    """uint8[65536]: by the mask of live registers, the place in SCRATCH_ORDER of the best one."""
+    live = np.arange(1 << 16)
+    best = np.full(len(live), len(SCRATCH_ORDER), np.uint8)
+    for place in reversed(range(len(SCRATCH_ORDER))):
+        best[(live >> SCRATCH_ORDER[place] & 1) == 0] = place
+    return best
+
+
+@cache
+def _kinds() -> tuple[npt.NDArray[np.uint8], tuple[Snippet, ...]]:
+    """What `counter_kinds` looks up: a number by live registers, and all snippets there are."""
+    registers = [*(1 << register for register in SCRATCH_ORDER), 0]
+    flags = (FLAGS_MASK, 0)
+    return _first_free(), tuple(counter_snippet(one | two) for one in registers for two in flags)
+
+
+def counter_kinds(
+    live: npt.NDArray[np.uint32],
+) -> tuple[npt.NDArray[np.uint8], tuple[Snippet, ...]]:
+    """The shortest counter for each of many places.
+
+    Args:
+        live: uint32[n], masks of what is live there.
+
+    Returns:
+        uint8[n]: which of the snippets.
+    """
+    first, snippets = _kinds()
+    kind = first[live & np.uint32(0xFFFF)] << 1
+    kind |= (live & np.uint32(CLOBBERED_FLAGS)) != 0
+    return kind, snippets
+
+
+def bind_counters(snippet: Snippet, offsets: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint8]:
+    """uint8[n, size]: one snippet with n per-CPU offsets filled in."""
+    code = np.tile(np.frombuffer(snippet.code, np.uint8), (len(offsets), 1))
+    number = offsets.astype("<u8").view(np.uint8).reshape(-1, 8)
+    code[:, snippet.hole : snippet.hole + 8] = number
+    return code
+
+
+def stack_depths(snippet: Snippet) -> tuple[tuple[int, int], ...]:
+    """(byte position, bytes it has pushed from there on), ascending, of what a counter saves."""
+    sizes = [1 if name == "flags" else _PUSH_BYTES for name in snippet.spills]
+    pushed = [(sum(sizes[: i + 1]), _WORD_BYTES * (i + 1)) for i in range(len(sizes))]
+    end = len(snippet.code)
+    popped = [(end - sum(sizes[:i]), _WORD_BYTES * i) for i in reversed(range(len(sizes)))]
+    return (*pushed, *popped)
