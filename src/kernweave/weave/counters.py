@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Where counters go: which instructions, edges and memory accesses a selector means."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+
+from kernweave.model.tables import EdgeKind
+from kernweave.weave.scope import Scope, Why
+from kernweave.weave.source import I32, U8, Mask, Rows, Source
+from kernweave.x86.decode import Flow, Trait
+
+
+class Place(IntEnum):
+    """Where a counter is, seen from an instruction."""
+
+    BEFORE = 0  # whoever comes to it
+    BEHIND = 1  # whoever falls through it
+    TAKEN = 2  # whoever its branch takes
+
+
+@dataclass(frozen=True)
+class Counters:
+    """Counters to be woven in, ascending by instruction, then by place.
+
+    Attributes:
+        insn: int32[c], row of an instruction.
+        place: uint8[c], `Place`.
+    """
+
+    insn: I32
+    place: U8
+
+
+def make_counters(source: Source, scope: Scope, insn: Rows, place: U8) -> tuple[Counters, Rows]:
+    """Put counters in order; what asks for the same place shares one.
+
+    What is asked for before an endbr64 goes behind it: indirect calls must find the endbr64, and
+    whoever comes to it falls through.
+
+    Args:
+        source: the image.
+        scope: what is woven.
+        insn: int64[m], rows of instructions.
+        place: uint8[m], `Place`.
+
+    Returns:
+        The counters, and int64[m]: which of them each one asked for has, -1 if none is possible:
+        the instruction is not woven, or must follow the one before at once.
+    """
+    trait = source.tables.instructions.trait[insn]
+    moved = (place == Place.BEFORE) & ((trait & Trait.ENDBR) != 0)
+    place = np.where(moved, Place.BEHIND, place)
+    possible = _possible(source, scope, insn, place)
+    key = insn[possible] * len(Place) + place[possible]
+    if len(key) and not (key[1:] > key[:-1]).all():
+        kept, number = np.unique(key, return_inverse=True)
+    else:
+        kept, number = key, np.arange(len(key))
+    row = np.full(len(insn), -1, np.int64)
+    row[possible] = number
+    return Counters(
+        (kept // len(Place)).astype(np.int32), (kept % len(Place)).astype(np.uint8)
+    ), row
+
+
+def _possible(source: Source, scope: Scope, insn: Rows, place: U8) -> Mask:
+    """bool[m]: whether there is such a place in a clone."""
+    tables = source.tables
+    block = tables.instructions.block[insn]
+    why = scope.block[block]
+    head = tables.blocks.first_insn[block] == insn
+    woven = (why == Why.WOVEN) | ((why > Why.ENTRY_BLOCK) & head & (place == Place.BEFORE))
+    held = source.held
+    next_held = np.append(held[1:], False)
+    parted = np.where(place == Place.BEFORE, held[insn], next_held[insn] & (place == Place.BEHIND))
+    return np.asarray(woven & ~parted)
+
+
+# ---- selectors -----------------------------------------------------------------------------------
+
+
+def select_blocks(source: Source, scope: Scope) -> tuple[Rows, U8]:
+    """The first instruction of every block of what is woven."""
+    outside = (scope.block > Why.WOVEN) & (scope.block <= Why.ENTRY_BLOCK)
+    return _before(source.tables.blocks.first_insn[~outside].astype(np.int64))
+
+
+def select_entries(source: Source, scope: Scope) -> tuple[Rows, U8]:
+    """The first instruction behind the endbr64 of each function."""
+    functions = source.tables.functions
+    homes = scope.woven & (functions.parent == np.arange(len(functions.addr)))
+    rows = functions.first_insn[homes].astype(np.int64)
+    endbr = (source.tables.instructions.trait[rows] & Trait.ENDBR) != 0
+    return _before(rows + endbr)
+
+
+def select_insns(source: Source, scope: Scope) -> tuple[Rows, U8]:
+    """Every instruction."""
+    return _before(np.flatnonzero(_woven(source, scope)))
+
+
+def select_calls(source: Source, scope: Scope) -> tuple[Rows, U8]:
+    """Direct, indirect and static calls, and jumps to other functions."""
+    flow, target = source.tables.instructions.flow, source.tables.instructions.target
+    calls = np.isin(flow, (Flow.CALL, Flow.INDIRECT_CALL))
+    calls |= _leaves(source) & ~np.isin(target, source.sites.return_thunks)
+    return _before(np.flatnonzero(calls & _woven(source, scope)))
+
+
+def select_returns(source: Source, scope: Scope) -> tuple[Rows, U8]:
+    """Returns, and jumps to other functions."""
+    returns = source.tables.instructions.flow == Flow.RETURN
+    return _before(np.flatnonzero((returns | _leaves(source)) & _woven(source, scope)))
+
+
+def select_edges(source: Source, scope: Scope) -> tuple[Rows, U8]:
+    """Edges inside functions, those of faults apart."""
+    tables = source.tables
+    edges, parent = tables.edges, tables.functions.parent
+    kinds = np.isin(edges.kind, (EdgeKind.FALL, EdgeKind.TAKEN, EdgeKind.LABEL))
+    rows = np.flatnonzero(
+        kinds & (edges.target >= 0) & scope.woven[tables.blocks.function[edges.source]]
+    )
+    home = parent[tables.blocks.function]
+    rows = rows[home[edges.source[rows]] == home[edges.target[rows]]]
+    insn, kind = edges.insn[rows].astype(np.int64), edges.kind[rows]
+    jumps = (kind == EdgeKind.TAKEN) & (tables.instructions.flow[insn] == Flow.JUMP)
+    place = np.full(len(rows), Place.TAKEN, np.uint8)
+    place[kind == EdgeKind.FALL] = Place.BEHIND
+    place[jumps] = Place.BEFORE
+    return insn, place
+
+
+def _before(rows: Rows) -> tuple[Rows, U8]:
+    return rows, np.full(len(rows), Place.BEFORE, np.uint8)
+
+
+def _woven(source: Source, scope: Scope) -> Mask:
+    return scope.woven[source.tables.instructions.function]
+
+
+def _leaves(source: Source) -> Mask:
+    """bool[n]: jumps out of the function, or to nobody knows where; a loop to its start stays."""
+    functions, instructions = source.tables.functions, source.tables.instructions
+    found = instructions.flow == Flow.INDIRECT_JUMP
+    rows = np.flatnonzero(instructions.flow == Flow.JUMP)
+    target = instructions.target[rows]
+    there = np.searchsorted(functions.addr, target, side="right") - 1
+    safe = np.maximum(there, 0)
+    inside = (there >= 0) & (target < functions.addr[safe] + functions.size[safe])
+    own = functions.parent[safe] == functions.parent[instructions.function[rows]]
+    found[rows[~(inside & own)]] = True
+    return np.asarray(found)
