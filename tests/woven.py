@@ -21,7 +21,7 @@ from kernweave.weave.scope import Scope, Why, find_scope
 from kernweave.weave.source import Source
 
 Select = Callable[[Source, Scope], tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8]]]
-FIRST_OFFSET = 0x1_2345_6000  # of the counters: bytes of it stand for nothing else
+FIRST_OFFSET = 0x1234_6000  # of the counters
 
 
 @dataclass(frozen=True)
