@@ -50,7 +50,9 @@ from kernweave.weave.counters import (
     select_edges,
     select_entries,
     select_insns,
+    select_loads,
     select_returns,
+    select_stores,
 )
 from kernweave.weave.scope import Why
 from kernweave.weave.source import Source, make_source
@@ -68,7 +70,10 @@ FIELDS = 0x400  # in DATA, behind the loops' counts
 CONDITIONS = ("e", "b", "s", "o", "p", "g", "ne", "ae")
 GS = GS_DATA - FIRST_OFFSET
 PROGRAMS, STEPPED = 40, 25
-ALL = (select_blocks, select_edges, select_entries, select_calls, select_returns, select_insns)
+ALL = (
+    select_blocks, select_edges, select_entries, select_insns, select_calls, select_returns,
+    select_loads, select_stores,
+)  # fmt: skip
 
 
 @dataclass

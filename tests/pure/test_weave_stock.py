@@ -31,7 +31,9 @@ from kernweave.weave.counters import (
     select_edges,
     select_entries,
     select_insns,
+    select_loads,
     select_returns,
+    select_stores,
 )
 from kernweave.weave.orc import orc_of
 from kernweave.weave.scope import Rules, Scope, Why, find_scope
@@ -45,7 +47,10 @@ SERIES = ("6.1", "6.12")
 AWAY = 0x0900_0040  # from the text to the code cache; a multiple of 64
 SEED = 20_261_122
 SAMPLE = 1500  # functions
-ALL = (select_blocks, select_edges, select_entries, select_insns, select_calls, select_returns)
+ALL = (
+    select_blocks, select_edges, select_entries, select_insns, select_calls, select_returns,
+    select_loads, select_stores,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from kernweave.model.tables import EdgeKind
 from kernweave.weave.scope import Scope, Why
 from kernweave.weave.source import I32, U8, Mask, Rows, Source
 from kernweave.x86.decode import Flow, Trait
+from kernweave.x86.memory import Memory, find_memory
 
 
 class Place(IntEnum):
@@ -117,6 +118,16 @@ def select_returns(source: Source, scope: Scope) -> tuple[Rows, U8]:
     return _before(np.flatnonzero((returns | _leaves(source)) & _woven(source, scope)))
 
 
+def select_loads(source: Source, scope: Scope) -> tuple[Rows, U8]:
+    """Instructions with a memory operand that they read."""
+    return _before(_accessing(source, scope, Memory.LOAD))
+
+
+def select_stores(source: Source, scope: Scope) -> tuple[Rows, U8]:
+    """Instructions with a memory operand that they write."""
+    return _before(_accessing(source, scope, Memory.STORE))
+
+
 def select_edges(source: Source, scope: Scope) -> tuple[Rows, U8]:
     """Edges inside functions, those of faults apart."""
     tables = source.tables
@@ -137,6 +148,13 @@ def select_edges(source: Source, scope: Scope) -> tuple[Rows, U8]:
 
 def _before(rows: Rows) -> tuple[Rows, U8]:
     return rows, np.full(len(rows), Place.BEFORE, np.uint8)
+
+
+def _accessing(source: Source, scope: Scope, access: Memory) -> Rows:
+    rows = np.flatnonzero(_woven(source, scope))
+    length = source.tables.instructions.length[rows]
+    found = find_memory(source.text.tobytes(), source.at[rows].astype(np.int64), length)
+    return np.asarray(rows[(found & access) != 0])
 
 
 def _woven(source: Source, scope: Scope) -> Mask:
