@@ -44,6 +44,7 @@ class Native:
         labels: bool[n], jump labels.
         label_target: uint64[n], where each of them leads as a jump.
         static: bool[n], static-call sites.
+        stay: bool[n], instructions that must not be copied: a jump to them is their copy.
     """
 
     code: Code
@@ -53,6 +54,7 @@ class Native:
     labels: Mask
     label_target: Addrs
     static: Mask
+    stay: Mask
 
     @cached_property
     def end(self) -> Addrs:
@@ -285,7 +287,10 @@ class Check:
         """Every copy is its native instruction; branches are judged by `branches`."""
         native, code = self.native, self.code
         insn, row, addr = self.insn, self.row, self.clones.native
-        same = ~native.labels[insn] & (native.code.target[insn] == 0)
+        stay = native.stay[insn]
+        jumps = (code.flow[row] == Flow.JUMP) & (code.target[row] == addr)
+        self.demand("copy of what must stay", jumps | ~stay, addr)
+        same = ~native.labels[insn] & (native.code.target[insn] == 0) & ~stay
         rip = (native.code.trait[insn] & Trait.RIP) != 0
         size, disp = native.code.length[insn], code.disp[row]
         there, here = self.native_at(insn), self.at[row]
@@ -381,7 +386,7 @@ class Check:
         """Behind each copy comes what comes natively; nothing runs on where nothing ran on."""
         native, code, insn = self.native, self.code, self.insn
         end = self.end[self.row].copy()
-        ret5 = native.static[insn] & (native.code.length[insn] < 5)
+        ret5 = native.static[insn] & (native.code.length[insn] < 5) & ~native.stay[insn]
         end[ret5] = code.addr[self.row[ret5]] + np.uint64(5)
         behind_native = np.where(ret5, native.code.addr[insn] + np.uint64(5), native.end[insn])
         slot = np.searchsorted(self.clones.native, self.clones.entries[self.s_endbr])

@@ -93,6 +93,7 @@ def native_of(
         labels=labels,
         label_target=target,
         static=code.index.mark(sites.static_calls),
+        stay=np.zeros(len(code.addr), bool),
     )
 
 

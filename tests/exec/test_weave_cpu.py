@@ -54,7 +54,7 @@ from kernweave.weave.counters import (
     select_returns,
     select_stores,
 )
-from kernweave.weave.scope import Why
+from kernweave.weave.scope import Rules, Why, find_scope
 from kernweave.weave.source import Source, make_source
 from kernweave.x86.decode import REG_NAMES, Flow
 from kernweave.x86.relocate import encode_jump
@@ -407,6 +407,15 @@ def test_programs_have_bail_outs_where_they_are_wanted(cpu: Cpu) -> None:
     reasons = [Why(why) for one in woven for why in one.scope.block[one.scope.bail_outs].tolist()]
     assert set(reasons) == {Why.NEAR}
     assert len(reasons) > 5
+
+
+def test_clones_whose_returns_stay_native_do_what_native_code_does(cpu: Cpu) -> None:
+    for seed in range(PROGRAMS):
+        one = trial(cpu, seed)
+        source = one.functions.source()
+        scope = find_scope(source, Rules(line_matters=True))
+        end, _ = one.woven(weave(source, COPY, select_blocks, scope=scope))
+        assert one.seen(end) == one.seen(one.native()), f"seed {seed}"
 
 
 def test_slot_that_is_a_jump_leaves_for_the_native_body(cpu: Cpu) -> None:

@@ -250,6 +250,18 @@ def test_nothing_comes_between_sti_and_its_shadow() -> None:
     assert clone[1] == clone[0] + 1
 
 
+def test_return_that_is_safe_by_its_place_stays_there() -> None:
+    source = source_of((NOP5, op("CALL_RM64", "rax"), RET, b"\xcc"), (NOP5, MOVE, RET, b"\xcc"))
+    scope = find_scope(source, Rules(line_matters=True))
+    assert scope.function.tolist() == [Why.ENTRY_BLOCK, Why.WOVEN]
+    woven = weave(source, CACHE, scope=scope)
+    native = at(1) + 8
+    clone = int(woven.map.clones_of(addrs(native))[0])
+    jump = iced.Decoder(64, clone_of(woven, native), ip=clone).decode()
+    assert (jump.mnemonic, jump.near_branch_target) == (iced.Mnemonic.JMP, native)
+    assert woven.out[clone - CACHE + 5] == 0xCC
+
+
 def test_int3_behind_a_return_is_kept_and_code_that_runs_on_goes_back() -> None:
     functions: Functions = ((NOP5, RET, b"\xcc"), (NOP5, *[MOVE] * 83, b"\x90\x90"))
     woven = weave(source_of(*functions, (NOP5, RET)), CACHE)

@@ -67,7 +67,7 @@ def translate(
     for distances in (
         _branches(scope, layout),
         _stubs(scope, layout),
-        _bail_outs(source, layout),
+        _bail_outs(source, scope, layout),
         _operands(source, layout),
     ):
         _write(out, distances, base)
@@ -82,7 +82,7 @@ def _copy(source: Source, scope: Scope, layout: Layout, out: U8) -> None:
     short = np.flatnonzero((form == Form.SHORT_BRANCH) & (size > 0))
     out[copy[short]] = _ESCAPE
     out[copy[short] + 1] = source.text[source.at[short]] + np.uint8(_NEAR_BRANCH - _SHORT_BRANCH)
-    out[copy[is_in(form, Form.SHORT_JUMP, Form.LABEL_ON) & (size > 0)]] = _JUMP
+    out[copy[is_in(form, Form.SHORT_JUMP, Form.LABEL_ON, Form.NATIVE) & (size > 0)]] = _JUMP
     out[copy[layout.bail]] = _JUMP
     out[layout.tails[1]] = _JUMP
     labels = copy[(form == Form.LABEL_OFF) & (size > 0)]
@@ -133,12 +133,14 @@ def _stubs(scope: Scope, layout: Layout) -> Distances:
     return Distances(end - 4, end, _inside(layout, shapes.target[branch]), shapes.to[branch])
 
 
-def _bail_outs(source: Source, layout: Layout) -> Distances:
-    """Jumps to native code: of bail-outs, and behind copies."""
+def _bail_outs(source: Source, scope: Scope, layout: Layout) -> Distances:
+    """Jumps to native code: of bail-outs, in place of copies, and behind copies."""
     addr, length = source.tables.instructions.addr, source.tables.instructions.length
+    stay = np.flatnonzero((scope.shapes.form == Form.NATIVE) & (layout.size > 0))
+    heads = np.concatenate((layout.bail, stay))
     rows, at = layout.tails
-    native = np.concatenate((addr[layout.bail], addr[rows] + length[rows]))
-    end = np.concatenate((layout.copy[layout.bail], at)) + np.int32(NEAR_BYTES)
+    native = np.concatenate((addr[heads], addr[rows] + length[rows]))
+    end = np.concatenate((layout.copy[heads], at)) + np.int32(NEAR_BYTES)
     return Distances(end - 4, end, np.full(len(end), -1, np.int32), native)
 
 

@@ -25,11 +25,12 @@ class Form(IntEnum):
     LABEL_OFF = 4  # a jump label that is a nop; five bytes, so that a jump fits
     LABEL_ON = 5  # a jump label that is a jump
     STATIC_CALL = 6  # five bytes as they are: the site of a static call that holds no branch
-    ODD = 7  # not copied at all
+    NATIVE = 7  # a jump to the native instruction, which is safe only where it is
+    ODD = 8  # not copied at all
 
 
 #: bytes of a copy; 0: those of the native instruction
-_BYTES = np.array([0, 0, 5, 6, NEAR_BYTES, NEAR_BYTES, NEAR_BYTES, 0], np.uint8)
+_BYTES = np.array([0, 0, 5, 6, *(NEAR_BYTES,) * 4, 0], np.uint8)
 #: forms that end in a distance of four bytes
 BRANCHES = (Form.REL32, Form.SHORT_JUMP, Form.SHORT_BRANCH, Form.LABEL_ON)
 
@@ -54,8 +55,13 @@ class Shapes:
     to: npt.NDArray[np.uint64]
 
 
-def find_shapes(source: Source) -> Shapes:
-    """Look at all branches and patchable instructions of an image."""
+def find_shapes(source: Source, line_matters: bool = False) -> Shapes:
+    """Look at all branches and patchable instructions of an image.
+
+    Args:
+        source: the image.
+        line_matters: returns and indirect jumps are safe by their address only.
+    """
     instructions, sites = source.tables.instructions, source.sites
     labels = source.mark(sites.jump_labels)
     static = source.mark(sites.static_calls)
@@ -63,6 +69,8 @@ def find_shapes(source: Source) -> Shapes:
     direct &= instructions.target != 0
     branch = np.flatnonzero(direct | labels)
     form = np.zeros(len(instructions.addr), np.uint8)
+    if line_matters:
+        form[np.isin(instructions.flow, (Flow.RETURN, Flow.INDIRECT_JUMP))] = Form.NATIVE
     form[branch] = _forms(source, branch)
     form[labels] = _label_forms(source, np.flatnonzero(labels))
     calls = np.flatnonzero(static)

@@ -39,7 +39,7 @@ class Why(IntEnum):
     TRAP = 19  # int3 and int n: somebody looks for them by their address
     INSIDE_CALL = 20  # calls into its own function: fills the return predictor, or reads its ip
     SHADOW = 21  # sti, mov ss: the instruction behind it would be parted from it
-    LINE = 22  # safe by its address within the cache line only
+    LINE = 22  # an indirect call that is safe by its address within the cache line only
     LOCK = 23  # its lock prefix may still be patched
     TABLE = 24  # a table of the kernel names a place inside an instruction
 
@@ -50,7 +50,7 @@ class Rules:
 
     Attributes:
         line_matters: indirect branches and returns are safe by their address within the cache
-            line (ITS): they stay where they are.
+            line (ITS): they stay where they are, and clones jump there.
         locks_live: lock prefixes may still be patched (CPUs come and go).
     """
 
@@ -92,9 +92,10 @@ def find_scope(source: Source, rules: Rules | None = None, asked: Mask | None = 
         asked: bool[f], functions that are wanted; a `.cold` part goes with its function.  None:
             all of them.
     """
-    shapes = find_shapes(source)
+    rules = rules or Rules()
+    shapes = find_shapes(source, rules.line_matters)
     tables = source.tables
-    block = _bad_blocks(source, shapes, rules or Rules())
+    block = _bad_blocks(source, shapes, rules)
     function = _bad_functions(source, asked)
     entry = tables.functions.first_block
     bad_entry = (entry >= 0) & (block[np.maximum(entry, 0)] != Why.WOVEN)
@@ -155,8 +156,7 @@ def _bad_rows(source: Source, shapes: Shapes, rules: Rules) -> Iterator[tuple[Wh
     if rules.locks_live:
         yield Why.LOCK, np.flatnonzero(trait & Trait.LOCK)
     if rules.line_matters:
-        kinds = (Flow.RETURN, Flow.INDIRECT_CALL, Flow.INDIRECT_JUMP)
-        yield Why.LINE, np.flatnonzero(np.isin(flow, kinds))
+        yield Why.LINE, np.flatnonzero(flow == Flow.INDIRECT_CALL)
     yield Why.TABLE, _named_inside(source)
     yield Why.INSIDE_CALL, _calls_inside(source)
     yield Why.TRAP, _traps(source)
