@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pytest
 
+from contract_group import make_short, near_sites
 from contract_sessions import Sessions, refusal
 from contract_splice import NOP5, Splice, make_splice, take_out
 from kernweave.driver import uapi
@@ -90,6 +91,21 @@ class CopiesContract:
             time.sleep(0.05)
         assert hook.text(reader) == NOP5
         assert not len(reader.placed())
+
+    def test_new_session_finds_neither_springboards_nor_a_hook(self, sessions: Sessions) -> None:
+        """Though the hook must outlive the springboards' area, and that the springboards."""
+        writer = sessions.driver()
+        hook = make_splice(writer, near_sites(writer) + 3)
+        hook.pokes["flags"] = PokeFlag.KEEP
+        writer.commit(hook.area, hook.pokes[-1:])
+        short = make_short(writer, seal=False)
+        writer.copies(short.area, copies(short.area, 0))
+        writer.seal(short.area)
+        writer.commit(short.area, short.pokes)
+        sessions.close_last()
+        following = sessions.driver()
+        assert following.facts.pinned == 0
+        assert not len(following.placed())
 
     def test_new_session_finds_no_hook_that_only_waits(self, sessions: Sessions) -> None:
         writer = sessions.driver()

@@ -20,11 +20,15 @@ REACH = 100
 PATIENCE_S = 10.0
 
 
-def make_short(driver: Driver) -> Splice:
-    """Two counters on nops near each other: the first is reached through the second's jump."""
+def near_sites(driver: Driver) -> int:
+    """The first nop that has another one in reach of a short jump."""
     ips = nop_sites(driver, CANDIDATES if driver.facts.release != "0.0-fake" else 8)
-    near = int(np.flatnonzero(np.diff(ips) <= REACH)[0])
-    splice = make_splice(driver, near + 2)
+    return int(np.flatnonzero(np.diff(ips) <= REACH)[0])
+
+
+def make_short(driver: Driver, *, seal: bool = True) -> Splice:
+    """Two counters on nops near each other: the first is reached through the second's jump."""
+    splice = make_splice(driver, near_sites(driver) + 2, seal=seal)
     pokes = splice.pokes[-2:].copy()
     distance = int(pokes["addr"][1] - pokes["addr"][0]) - 2
     pokes["new_"][0, :5] = [0xEB, distance, 0xCC, 0xCC, 0xCC]

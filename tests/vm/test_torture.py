@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -61,5 +62,5 @@ def test_broken_plan_is_found_out() -> None:
         torture.torture(lab, SEED, SECONDS, torture.Tally(), break_copies)
     words = torture.describe_death(lab, caught.value)
     print(words)
-    assert "the lab's kernel panicked" in words
-    assert "invalid opcode" in words
+    assert re.search("the lab's kernel panicked|the guest hung", words)  # as the first fault goes
+    assert re.search("invalid opcode|double fault", lab.log())

@@ -260,8 +260,9 @@ class FakeSession:
         for area in self._areas.values():
             kernel.areas.retire(area)
         kernel.areas.reap()
-        if any(State.HELD in txn.states for txn in kernel.pinned):
-            kernel.retry_pinned()
+        for _ in range(2):  # `kw_undo_settle`
+            if any(State.HELD in txn.states for txn in kernel.pinned):
+                kernel.retry_pinned()
         if kernel.writer is self:
             kernel.writer = None
 

@@ -214,13 +214,18 @@ static void kw_retry(struct work_struct *work)
 	mutex_unlock(&kw_lock);
 }
 
-/* A new session finds nothing that only waits for a grace period. */
+/*
+ * A new session finds nothing that only waits for a grace period: in the first
+ * round springboards go, in the second their areas, and what had to outlive those.
+ */
 void kw_undo_settle(void)
 {
-	if (!kw_any_held())
-		return;
-	kw_areas_settle();
-	flush_delayed_work(&kw_retrier);
+	int round;
+
+	for (round = 0; round < 2 && kw_any_held(); round++) {
+		kw_areas_settle();
+		flush_delayed_work(&kw_retrier);
+	}
 }
 
 /* Called with kw_lock held when a session ends, however it ends; never waits for a grace period. */
