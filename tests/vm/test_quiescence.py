@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
-from guest import JUMPS, assert_exact, read_text, target
+from guest import JUMPS, assert_exact, program, read_text, target
 
 import kernweave
+from kernweave.errors import Reason
+from kernweave.image.sites import INT3_PATH
 from kernweave.lab.machine import Lab
 
 #: what an idle CPU passes through, and where it sleeps
@@ -30,6 +32,44 @@ def test_groups_come_and_go_under_parked_cpus(machine: Lab) -> None:
     assert seen["group"] > 1000
     assert not before.changed(read_text(machine))
     assert_exact(machine)
+
+
+#: what is called between an int3 and the driver's notifier, and what looks as if it were
+ON_THE_WAY = ("*rcu_read*", "*notifier*", "notify_die", "irqentry_*", "*exceptions_notify",
+              "arch_uprobe_exception_notify", "kgdb_*", "do_int3", "exc_int3")  # fmt: skip
+
+
+def test_int3_leads_to_no_other_int3_on_its_way(machine: Lab) -> None:
+    """Groups wait with an int3 in everything around the path of their own traps."""
+    before = read_text(machine)
+    with kernweave.connect(target(machine)) as session:
+        verdicts = session.sites(*(f"{name}@insns" for name in INT3_PATH))
+        assert {one.reason for one in verdicts} == {Reason.DENYLIST}
+        points = [f"{name}@insns" for name in (*ON_THE_WAY, *IDLE)]
+        for _ in range(3):
+            with session.count(*points, partial=True, tactics=JUMPS) as hits:
+                session.run([program("mixed"), "1"], check=True)
+            assert hits.text_restored and hits.exact().all()
+            assert hits.tactics()["group"] > 100
+    assert not before.changed(read_text(machine))
+
+
+def test_whoever_is_told_of_an_int3_before_the_driver_is_left_alone(machine: Lab) -> None:
+    with kernweave.connect(target(machine), writer=False) as session:
+        ours = next(row for row in session.driver.kmods() if row["name"] == b"kernweave")
+        node = int.from_bytes(
+            session.read(session.driver.lookup(["die_chain"])[0] + 8, 8), "little"
+        )
+        callbacks = []
+        while node:
+            call, node = (int.from_bytes(session.read(node + at, 8), "little") for at in (0, 8))
+            if ours["text_start"] <= call < ours["text_end"]:
+                break
+            callbacks.append(call)
+        assert node and callbacks
+        names = [session.view.images[0].name_at[call] for call in callbacks]
+        verdicts = session.sites(*(f"{name}@insns" for name in names))
+        assert {one.reason for one in verdicts} == {Reason.DENYLIST}, names
 
 
 def test_cpu_that_goes_and_comes_finds_its_text(machine: Lab) -> None:

@@ -47,8 +47,15 @@ DENIED_NAMES = (
     "hypercall_page", "wakeup_long64", "do_suspend_lowlevel",
 )  # fmt: skip
 
+#: what the kernel calls, and kprobes survive, between an int3 and those who asked to be told of it:
+#: an int3 of a group there would lead to itself
+INT3_PATH = (
+    "__rcu_read_lock", "__rcu_read_unlock", "rcu_read_unlock_special",
+    "hw_breakpoint_exceptions_notify", "kprobe_exceptions_notify",
+)  # fmt: skip
+
 #: the same, by the beginning of their names
-DENIED_PREFIXES = ("bpf_dispatcher_", "optprobe_template_", "xen_hypercall_")
+DENIED_PREFIXES = ("bpf_dispatcher_", "optprobe_template_", "xen_hypercall_", *INT3_PATH)
 
 #: (symbol of the first row, symbol after the last row), both of the kernel image
 TABLES = {

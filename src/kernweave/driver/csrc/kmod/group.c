@@ -15,6 +15,9 @@
  * So groups are armed in rounds, each spread evenly over all that still wait: what
  * its int3 cost tells what those of the next round will.  The first is small, and
  * the next is twice as large if no CPU spent much on them, half as large if one did.
+ * What the kernel calls on the way from an int3 to the notifier has none: the
+ * brain leaves it alone.
+ *
  * Many rounds take long, so a signal ends them before any batch; the undo of what
  * is armed and placed by then goes on to its end.
  */
@@ -123,7 +126,8 @@ NOKPROBE_SYMBOL(kw_group_hit);
 
 static struct notifier_block kw_group_notifier = {
 	.notifier_call = kw_group_hit,
-	.priority = INT_MAX - 1, /* a debugger would take the int3 for its own */
+	/* a debugger would take the int3 for its own, and what is asked before may have one */
+	.priority = INT_MAX,
 };
 
 int kw_group_init(void)
