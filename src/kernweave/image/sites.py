@@ -33,6 +33,13 @@ RETURN_THUNKS = (
 #: functions that begin in 32-bit mode
 OTHER_MODES = ("pvh_start_xen",)
 
+#: what the kernel calls, and kprobes survive, between an int3 and those who asked to be told of it:
+#: an int3 of a group there would lead to itself
+INT3_PATH = (
+    "__rcu_read_lock", "__rcu_read_unlock", "rcu_read_unlock_special",
+    "hw_breakpoint_exceptions_notify", "kprobe_exceptions_notify",
+)  # fmt: skip
+
 #: functions that are copied elsewhere, patched by others, or run without their per-CPU data
 DENIED_NAMES = (
     "__fentry__", "ftrace_caller", "ftrace_caller_op_ptr", "ftrace_call", "ftrace_caller_end",
@@ -45,13 +52,6 @@ DENIED_NAMES = (
     "secondary_startup_64", "secondary_startup_64_no_verify", "start_secondary",
     "startup_64", "__startup_64", "x86_64_start_kernel", "xen_hypercall_page",
     "hypercall_page", "wakeup_long64", "do_suspend_lowlevel",
-)  # fmt: skip
-
-#: what the kernel calls, and kprobes survive, between an int3 and those who asked to be told of it:
-#: an int3 of a group there would lead to itself
-INT3_PATH = (
-    "__rcu_read_lock", "__rcu_read_unlock", "rcu_read_unlock_special",
-    "hw_breakpoint_exceptions_notify", "kprobe_exceptions_notify",
 )  # fmt: skip
 
 #: the same, by the beginning of their names

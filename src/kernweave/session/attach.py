@@ -105,7 +105,13 @@ class Decision:
         return [*self.resolved.refused, *(self.refused(i) for i in rows)]
 
 
-def decide(resolved: Resolved, sites: Sites, rules: Rules, known: Known) -> Decision:
+def decide(
+    resolved: Resolved,
+    sites: Sites,
+    rules: Rules,
+    known: Known,
+    can_translate: Callable[[], bool],
+) -> Decision:
     """Find out what can be placed, and why the rest cannot.
 
     Args:
@@ -113,6 +119,8 @@ def decide(resolved: Resolved, sites: Sites, rules: Rules, known: Known) -> Deci
         sites: the kernel's tables.
         rules: what the kernel allows.
         known: what the whole kernel tells of some functions.
+        can_translate: whether searches by address can be hooked; asked only if it matters, as the
+            answer needs the whole kernel's text.
     """
     code = resolved.code
     rows, back = np.unique(resolved.counted, return_inverse=True)
@@ -120,6 +128,7 @@ def decide(resolved: Resolved, sites: Sites, rules: Rules, known: Known) -> Deci
     alone = not jumps_in(rules.tactics) or bool(contains(sites.ftrace, code.addr[rows]).all())
     if not alone:
         code = replace(code, landing=code.landing | known.landing(code))
+        rules = replace(rules, translates=can_translate())
     placement = place(code, rows, sites, rules)
     beyond = np.zeros(len(rows), bool)
     beyond[np.flatnonzero(placement.tactic == Tactic.INT3)[MAX_TRAPS:]] = True
@@ -273,10 +282,9 @@ def clobbering(choice: Choice, clobber: Clobber) -> Choice:
     return replace(choice, entries=replace(entries, clobber=masks), sites=sites)
 
 
-def rules_for(flags: Fact, tactics: Sequence[Tactic], translates: bool) -> Rules:
-    """What this kernel allows, as its driver says; `translates`: whether searches can be hooked."""
+def rules_for(flags: Fact, tactics: Sequence[Tactic]) -> Rules:
+    """What this kernel allows, as its driver says."""
     return Rules(
-        translates=translates,
         locks_live=bool(flags & Fact.LOCKS_LIVE),
         calls_counted=bool(flags & Fact.CALL_DEPTH),
         tactics=tuple(tactics),

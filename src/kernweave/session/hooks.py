@@ -95,7 +95,9 @@ class Hooks:
         """
         if self._searches:
             return
-        self._splice(sorted(self._search_hooks(), key=lambda hook: hook.addr))
+        hooks = self._search_hooks()
+        assert len(hooks) == len(SEARCHES), "such instructions are displaced only with all of them"
+        self._splice(sorted(hooks, key=lambda hook: hook.addr))
         self._searches = True
 
     def _search_hooks(self) -> list[Hook]:

@@ -276,11 +276,13 @@ class Session:
             raise UsageError("no point given", help="name a function, for instance vfs_read")
         for _ in range(_TRIES):
             self._view.refresh()
-            flags, translates = self._driver.facts.flags, self._hooks.can_translate()
-            rules = rules_for(flags, self._tactics(tactics), translates)
+            rules = rules_for(self._driver.facts.flags, self._tactics(tactics))
             resolved = Resolver(self._view).resolve(specs)
             if self._view.is_current():
-                return decide(resolved, self._view.sites, rules, self._analysis)
+                hooks = self._hooks
+                return decide(
+                    resolved, self._view.sites, rules, self._analysis, hooks.can_translate
+                )
         raise DriverError("kprobes come and go too fast to read this kernel's text", errno.EBUSY)
 
     def count(
