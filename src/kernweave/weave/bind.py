@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kernweave.errors import InternalError
+from kernweave.model.table import concat
 from kernweave.weave.branches import BRANCHES, NEAR_BYTES, Form, is_in
 from kernweave.weave.layout import Layout, Snippets
 from kernweave.weave.scope import Scope
@@ -46,31 +47,64 @@ class Distances:
     native: npt.NDArray[np.uint64]
 
 
-def translate(
-    source: Source, scope: Scope, layout: Layout, base: int, offsets: npt.NDArray[np.uint64]
-) -> U8:
-    """The bytes of the code cache.
+@dataclass(frozen=True)
+class Outward:
+    """Displacements that lead out of the code cache.
+
+    Attributes:
+        at: int32[d], byte position of each in the code cache.
+        end: int32[d], byte position that it counts from.
+        native: uint64[d], where it leads.
+    """
+
+    at: I32
+    end: I32
+    native: npt.NDArray[np.uint64]
+
+
+def emit(
+    source: Source, scope: Scope, layout: Layout, offsets: npt.NDArray[np.uint64]
+) -> tuple[U8, Outward]:
+    """The bytes of the code cache, at no address yet, and what depends on it: zeros as yet.
 
     Args:
         source: the image.
         scope: what is woven.
         layout: of the code cache.
-        base: its run-time address, a multiple of 64.
         offsets: uint64[c], gs-relative address of each counter.
-
-    Raises:
-        InternalError: native code or data is more than 2 GiB away from `base`.
     """
     out = np.full(layout.total, _INT3, np.uint8)
     _copy(source, scope, layout, out)
     _count(layout.snippets, offsets, out)
+    found = []
     for distances in (
         _branches(scope, layout),
         _stubs(scope, layout),
         _bail_outs(source, scope, layout),
         _operands(source, layout),
     ):
-        _write(out, distances, base)
+        away = np.where(distances.inside >= 0, distances.inside - distances.end, np.int32(0))
+        write_numbers(out, distances.at, away)
+        outside = distances.inside < 0
+        found.append(
+            Outward(distances.at[outside], distances.end[outside], distances.native[outside])
+        )
+    return out, concat(found)
+
+
+def translate(
+    source: Source, scope: Scope, layout: Layout, base: int, offsets: npt.NDArray[np.uint64]
+) -> U8:
+    """The bytes of the code cache at `base`, a multiple of 64.
+
+    Raises:
+        InternalError: native code or data is more than 2 GiB away from `base`.
+    """
+    out, outward = emit(source, scope, layout, offsets)
+    away = (outward.native - np.uint64(base)).view(np.int64) - outward.end
+    if ((away < -(1 << 31)) | (away >= 1 << 31)).any():
+        raise InternalError("the code cache is more than 2 GiB away from native code or data")
+    write_numbers(out, outward.at, away.astype(np.int32))
     return out
 
 
@@ -159,13 +193,3 @@ def _operands(source: Source, layout: Layout) -> Distances:
     native = instructions.addr[rows] + length + distance.view(np.uint64)
     copy = layout.copy[rows]
     return Distances(copy + decoded.disp, copy + length, np.full(len(rows), -1, np.int32), native)
-
-
-def _write(out: U8, distances: Distances, base: int) -> None:
-    """Fill displacements in, for a code cache at `base`."""
-    here = distances.end.astype(np.int64)
-    away = (distances.native - np.uint64(base)).view(np.int64) - here
-    away = np.where(distances.inside >= 0, distances.inside - here, away)
-    if ((away < -(1 << 31)) | (away >= 1 << 31)).any():
-        raise InternalError("the code cache is more than 2 GiB away from native code or data")
-    write_numbers(out, distances.at, away.astype(np.int32))

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Generations loaded by another loader: code, tables and names are those of the clones."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kernweave.analysis.code import arrange
+from kernweave.analysis.imagefile import FileText, load_file
+from kernweave.analysis.kernel import closed_parts, tables_of
+from kernweave.analysis.liveness import solve_liveness
+from kernweave.errors import UnsupportedError
+from kernweave.image.orc import OrcReg
+from kernweave.image.tables import Layout as TableLayout
+from kernweave.image.tables import Tables, read_tables
+from kernweave.image.vmlinuz import open_image
+from kernweave.lab.packages import fetched_kernel
+from kernweave.weave.bind import translate
+from kernweave.weave.clonemap import bugs_of, exceptions_of, make_map
+from kernweave.weave.counters import make_counters, select_blocks, select_insns
+from kernweave.weave.generation import Template, Woven, make_generation, read_template
+from kernweave.weave.layout import lay_out
+from kernweave.weave.orc import orc_of
+from kernweave.weave.scope import find_scope
+from kernweave.weave.source import make_source
+from kernweave.x86.decode import decode
+from loader import Loaded, load
+
+SERIES = ("6.1", "6.12")
+AWAY = 0x0900_0000
+SEED, SAMPLE = 20_261_122, 800
+SPANS = {
+    "exceptions": "__ex_table", "bugs": "__bug_table", "orc_ips": ".orc_unwind_ip",
+    "orc_entries": ".orc_unwind",
+}  # fmt: skip
+TEMPLATE = Template(
+    (b"license=GPL", b"vermagic=1"), bytes(24) + b"kernweave".ljust(872, b"\0"), 24, ()
+)
+
+
+@dataclass(frozen=True)
+class Made:
+    """A generation of a stock kernel, and the same loaded."""
+
+    file: FileText
+    woven: Woven
+    data: bytes
+    base: int
+    loaded: Loaded
+
+    def tables(self) -> Tables:
+        """The tables of the generation, read as the kernel's own."""
+        spans = {name: self.loaded.span(section) for name, section in SPANS.items()}
+        native = self.file.tables.layout
+        layout = TableLayout(native.bug_bytes, native.alternative_bytes, native.orc)
+        return read_tables(self.loaded.read, spans, (0, (1 << 64) - 1), layout)
+
+
+@pytest.fixture(scope="module", params=SERIES)
+def made(request: pytest.FixtureRequest) -> Made:
+    tree = fetched_kernel(request.param)
+    if tree is None:
+        pytest.skip(f"kernel {request.param} was not fetched (kernweave lab up)")
+    file = load_file(open_image(tree.vmlinuz))
+    parts = file.parts()
+    code = arrange(parts, decode((part.start, part.code) for part in parts), file.sites)
+    liveness = solve_liveness(code, file.sites, closed_parts(code, file.sites, file.hints))
+    source = make_source(tables_of(code, liveness, file.hints), file.text, file.base, file.sites)
+    functions = source.tables.functions
+    asked = np.zeros(len(functions.addr), bool)
+    chosen = np.random.default_rng(SEED).choice(len(asked), SAMPLE, replace=False)
+    asked[functions.parent[chosen]] = True
+    faulty = source.index.rows(file.tables.exceptions.addr[::10])
+    asked[functions.parent[source.tables.instructions.function[faulty[faulty >= 0]]]] = True
+    scope = find_scope(source, asked=asked)
+    rows, places = zip(
+        *(select(source, scope) for select in (select_blocks, select_insns)), strict=True
+    )
+    counters, _ = make_counters(source, scope, np.concatenate(rows), np.concatenate(places))
+    offsets = np.uint64(0x1234_6000) + np.uint64(8) * np.arange(len(counters.insn), dtype=np.uint64)
+    names = [f"f{addr:x}" for addr in functions.addr.tolist()]
+    woven = Woven(source, scope, lay_out(source, scope, counters), offsets, names, file.tables)
+    data = make_generation(woven, TEMPLATE, "kernweave_7")
+    base = file.base + AWAY
+    return Made(file, woven, data, base, load(data, base))
+
+
+def test_loaded_text_is_the_translation_for_its_address(made: Made) -> None:
+    woven = made.woven
+    expected = translate(woven.source, woven.scope, woven.layout, made.base, woven.offsets)
+    assert made.loaded.data[".text"] == expected.tobytes()
+    assert len(expected) > 100_000
+
+
+def test_exceptions_are_those_of_the_copies(made: Made) -> None:
+    clones = make_map(made.woven.source, made.woven.layout, made.base)
+    expected = exceptions_of(made.woven.source, clones)
+    found, native = made.tables().exceptions, made.file.tables.exceptions
+    assert np.array_equal(found.addr, expected.addr) and len(found.addr) > 20
+    assert np.array_equal(found.fixup, expected.other)
+    row = np.searchsorted(native.addr, made.woven.source.sites.exceptions[expected.row])
+    for name in ("type", "reg", "flags", "imm"):
+        assert np.array_equal(getattr(found, name), getattr(native, name)[row]), name
+
+
+def test_bugs_are_those_of_the_copies(made: Made) -> None:
+    clones = make_map(made.woven.source, made.woven.layout, made.base)
+    expected = bugs_of(made.woven.source, clones)
+    found, native = made.tables().bugs, made.file.tables.bugs
+    assert np.array_equal(found.addr, expected.addr) and len(found.addr) > 20
+    row = np.searchsorted(native.addr, made.woven.source.sites.bugs[expected.row])
+    for name in ("file", "line", "flags"):
+        assert np.array_equal(getattr(found, name), getattr(native, name)[row]), name
+
+
+def test_unwind_rows_are_native_ones_and_what_counters_push(made: Made) -> None:
+    woven = made.woven
+    expected = orc_of(woven.source, woven.scope, woven.layout, made.file.tables.orc, made.base)
+    found, native = made.tables().orc, made.file.tables.orc
+    assert np.array_equal(found.addr, expected.addr)
+    known = expected.row >= 0
+    row = expected.row[known]
+    assert np.array_equal(found.bits[known], native.bits[row])
+    assert np.array_equal(found.bp_offset[known], native.bp_offset[row])
+    deeper = found.sp_offset[known].astype(int) - native.sp_offset[row]
+    stack = np.isin(native.sp_reg[row], (OrcReg.SP, OrcReg.SP_INDIRECT))
+    assert np.array_equal(deeper, np.where(stack, expected.pushed[known], 0))
+    assert (found.sp_reg[~known] == OrcReg.UNDEFINED).all()
+
+
+def test_names_are_those_of_the_functions_with_a_suffix(made: Made) -> None:
+    functions, scope = made.woven.source.tables.functions, made.woven.scope
+    wanted = {f"{made.woven.names[row]}.kw" for row in np.flatnonzero(scope.woven).tolist()}
+    assert set(made.loaded.functions) == wanted
+    ends = {addr + size for addr, size in made.loaded.functions.values()}
+    starts = {addr for addr, _ in made.loaded.functions.values()}
+    assert min(starts) == made.base
+    assert ends - starts == {made.base + made.woven.layout.total}
+    assert len(wanted) > 500 and len(functions.addr) > len(wanted)
+
+
+def test_kmod_says_what_its_kernel_asks_for(made: Made) -> None:
+    assert bytes(made.loaded.data[".modinfo"]) == (
+        b"license=GPL\0vermagic=1\0depends=\0name=kernweave_7\0"
+    )
+    module = made.loaded.data[".gnu.linkonce.this_module"]
+    assert bytes(module) == bytes(24) + b"kernweave_7".ljust(872, b"\0")
+
+
+def test_binutils_has_nothing_to_say_against_it(made: Made, tmp_path: Path) -> None:
+    if shutil.which("readelf") is None:
+        pytest.skip("readelf is not installed")
+    (tmp_path / "kw.ko").write_bytes(made.data)
+    done = subprocess.run(
+        ["readelf", "--wide", "--headers", "--relocs", "--symbols", "kw.ko"],
+        cwd=tmp_path, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stderr == ""
+    assert "kernweave" not in done.stdout  # the name is in data only
+    assert done.stdout.count("R_X86_64_PC32") > 1000
+
+
+# ---- templates -----------------------------------------------------------------------------------
+
+
+def test_template_is_read_back_from_a_kmod(made: Made) -> None:
+    found = read_template(made.data, "kernweave_7")
+    assert found.info == TEMPLATE.info
+    assert (found.name_at, len(found.module)) == (24, 896)
+
+
+def test_other_files_are_refused(made: Made) -> None:
+    for data in (b"", b"\x7fELF", bytes(100), made.data[:200], made.data[: len(made.data) // 2]):
+        with pytest.raises(UnsupportedError):
+            read_template(data, "kernweave_7")
+    with pytest.raises(UnsupportedError, match="not the kmod other"):
+        read_template(made.data, "other")
+
+
+def test_bug_tables_of_another_layout_are_refused(made: Made) -> None:
+    other = TableLayout(16, 14, made.file.tables.layout.orc)
+    woven = replace(made.woven, native=replace(made.file.tables, layout=other))
+    with pytest.raises(UnsupportedError, match="rows of 16 bytes"):
+        make_generation(woven, TEMPLATE, "kernweave_7")
