@@ -24,9 +24,10 @@ from guest import (
 )
 
 import kernweave
+from kernweave.driver.client import Driver
 from kernweave.driver.link import Link
 from kernweave.driver.uapi import Owner
-from kernweave.errors import Reason
+from kernweave.errors import Reason, RefusedError
 from kernweave.image.sites import contains
 from kernweave.lab.build import build_kmod
 from kernweave.lab.machine import Lab
@@ -141,11 +142,22 @@ def test_client_that_goes_leaves_what_a_sleeping_task_needs(lab: Lab, link: Link
         left = other.driver.placed()
         assert set(left["owner"].tolist()) == {Owner.LEFT} and len(left) == 3
         assert kmodctl(link, "unload", "kernweave") in ("EAGAIN", "EBUSY", "EWOULDBLOCK")
+        ends = other.driver.returns()
+        assert len(ends)
+        if lab.series == "6.1":  # elsewhere the windows are not other ones
+            with pytest.MonkeyPatch.context() as patched:
+                patched.setattr(Driver, "returns", lambda _: np.zeros(0, np.uint64))
+                with pytest.raises(RefusedError, match="somebody comes back into it"):
+                    other.count(SLEEPER, partial=True, tactics=JUMPS)
         with other.count(SLEEPER, partial=True, tactics=JUMPS) as hits:
+            pokes = hits.plan.pokes
+            starts = pokes.addr
+            stops = starts + np.array([len(old) for old in pokes.old], np.uint64)
+            assert not ((starts < ends[:, None]) & (ends[:, None] < stops)).any()
             other.run([program("faults"), "bad", "10"], check=True)
+            wake(link)  # it goes on behind the window it came by, where another one is now
         assert hits.text_restored and hits.exact().all()
         assert Reason.EXCEPTION_ENTRY in {one.reason for one in hits.refused}
-        wake(link)
     settled(lab)
     with kernweave.connect(target(lab)) as new:
         placed = new.sites(SLEEPER)
@@ -173,3 +185,14 @@ def test_warning_stays_a_warning_and_a_bug_a_bug(lab: Lab, link: Link) -> None:
     # the last one at home: the once is over there, too
     assert sorted(map(lines.count, set(lines))) == [1, WARNINGS + 1]
     assert len(re.findall(r"kernel BUG at \S*kw_subject\.c:\d+!", log)) == 1
+
+
+def test_int3_that_is_gone_when_it_is_looked_at_is_not_an_oops(lab: Lab, link: Link) -> None:
+    if KMOD not in shell(link, "cat /proc/modules"):
+        kmod = build_kmod(fetch_kernel(lab.series, print), CSRC / "subject", progress=print)
+        assert kmodctl(link, "load", str(kmod)) == "ok"
+    before = int(shell(link, "cat /sys/module/kernweave/parameters/gone"))
+    shell(link, f"echo 1 > {PARAMETERS}/vanish")
+    assert int(shell(link, f"cat {PARAMETERS}/gone")) == 2  # what is there was run
+    after = int(shell(link, "cat /sys/module/kernweave/parameters/gone"))
+    assert after == before if lab.series == "6.1" else after > before  # 6.1 itself runs it again

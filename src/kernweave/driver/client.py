@@ -221,6 +221,10 @@ class Driver:
         """Sites that any session has changed, with their bytes, `uapi.PATCHED` rows."""
         return np.frombuffer(self._call(Op.PLACED), uapi.PATCHED)
 
+    def returns(self) -> npt.NDArray[np.uint64]:
+        """Addresses at which tasks may go on that sleep in copies nothing leads to any more."""
+        return np.frombuffer(self._call(Op.RETURNS), "<u8")
+
     def area(self, size: int) -> Area:
         """Allocate executable memory, writable until `seal`."""
         row = np.frombuffer(self._call(Op.AREA, _rows(uapi.SIZE, value=size)), uapi.AREA)[0]

@@ -42,6 +42,7 @@ _RULES: dict[int, tuple[int, bool]] = {  # smallest payload, needs a writer
     Op.KPROBES: (0, False),
     Op.FTRACE: (0, False),
     Op.PLACED: (0, False),
+    Op.RETURNS: (0, False),
     Op.AREA: (uapi.SIZE.itemsize, True),
     Op.PERCPU: (uapi.SLICE.itemsize, True),
     Op.WRITE: (uapi.SLICE.itemsize, True),
@@ -392,6 +393,7 @@ _HANDLERS: dict[Op, Handler] = {
     Op.KPROBES: lambda s, _, out: out.put(s._kernel.kprobes.tobytes() + s._kernel.traps.rows()),
     Op.FTRACE: lambda s, _, out: out.put(s._kernel.ftrace.tobytes()),
     Op.PLACED: lambda s, _, out: out.put(s._kernel.text.placed()),
+    Op.RETURNS: lambda s, _, out: out.put(b""),  # nobody sleeps here
     Op.AREA: FakeSession._alloc,
     Op.PERCPU: FakeSession._percpu,
     Op.WRITE: FakeSession._write,

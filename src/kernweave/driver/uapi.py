@@ -7,7 +7,7 @@ from enum import IntEnum, IntFlag
 
 import numpy as np
 
-VERSION = 3
+VERSION = 4
 MAGIC = 0x5245574B
 
 MAX_REQUEST = 64 << 20
@@ -45,6 +45,7 @@ class Op(IntEnum):
     ARM = 20
     DISARM = 21
     COPIES = 22
+    RETURNS = 23
 
 
 class State(IntEnum):

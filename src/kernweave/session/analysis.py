@@ -83,9 +83,11 @@ class Analysis:
     def landing(self, code: Code) -> Mask:
         """bool[n]: where control may arrive otherwise than from the instruction before.
 
+        So may tasks that sleep in the trampolines of an earlier attachment.
         Of a kmod's data nothing is known: where it jumps through a register, anywhere.
         """
         found = contains(self.kernel.tables.landings.addr, code.addr)
+        found |= contains(np.sort(self._view.returns), code.addr)
         for image in self._view.images[1:]:
             if any(part.kmod == image.kmod for part in code.parts):
                 found |= contains(self._kmod_landings(image), code.addr)

@@ -469,15 +469,24 @@ def _drop(driver: Driver, area: Area, trap_sets: Sequence[int]) -> None:
         driver.free(area)
 
 
+_CHANGED = {
+    errno.ESTALE: ("its bytes changed while it was being placed", "text changed"),
+    errno.EBUSY: ("somebody comes back into it from an earlier trampoline", "in flight"),
+}
+
+
 def _explain(error: CommitError, choice: Choice, plan: Plan) -> Exception:
-    if error.errno != errno.ESTALE:
+    if error.errno not in _CHANGED:
         return error
+    why, detail = _CHANGED[error.errno]
     rows = plan.poke[choice.row]
     names = [p.text for p, row in zip(choice.points, rows, strict=True) if row == error.index]
     where = names[0] if names else f"{int(plan.pokes.addr[error.index]):#x}"
     return RefusedError(
-        f"cannot place probe at {where}: its bytes changed while it was being placed",
-        [(where, Reason.BUSY_PLAN, "text changed")],
+        f"cannot place probe at {where}: {why}",
+        [(where, Reason.BUSY_PLAN, detail)],
         notes=["everything was taken back"],
-        help="somebody else is patching this kernel; try again",
+        help="somebody else is patching this kernel; try again"
+        if error.errno == errno.ESTALE
+        else "try again when the task that sleeps in a fault has woken",
     )

@@ -61,6 +61,7 @@ class KernelView:
         self._sites = Sites()
         self._patched: list[tuple[int, bytes]] = []
         self._in_use = b""
+        self.returns: Addrs = np.zeros(0, np.uint64)
         self._seen: list[tuple[Addrs, Addrs, list[bytes]]] = []
 
     @property
@@ -134,6 +135,7 @@ class KernelView:
         self._learn_kmods(kmods)
         self._images = [self._kernel, *(self._kmods[row.tobytes()] for row in kmods)]
         images = [self._table_spans, *(_kmod_spans(row) for row in kmods)]
+        self.returns = driver.returns()
         kprobes, placed = driver.kprobes(), driver.placed()
         self._in_use = kprobes.tobytes() + placed.tobytes()
         self._patched = _originals(kprobes, placed)

@@ -1,20 +1,21 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /*
  * Functions of a kmod that are called once per write to a parameter: `work` runs them, `key` and
- * `call` flip a static key and change a static call inside them; `warn` warns, and `bug` ends the
- * task that writes.
+ * `call` flip a static key and change a static call inside them; `warn` warns, `bug` ends the task
+ * that writes, and `vanish` runs an int3 that is none any more when it is looked at.
  */
 #include <linux/bug.h>
 #include <linux/jump_label.h>
 #include <linux/module.h>
 #include <linux/static_call.h>
 
-static ulong plain, keyed, first, second, warned; /* what was really called, seen from inside */
+static ulong plain, keyed, first, second, warned, gone; /* what was really called, seen from inside */
 module_param(plain, ulong, 0444);
 module_param(keyed, ulong, 0444);
 module_param(first, ulong, 0444);
 module_param(second, ulong, 0444);
 module_param(warned, ulong, 0444);
+module_param(gone, ulong, 0444);
 
 static DEFINE_STATIC_KEY_FALSE(kw_key);
 
@@ -83,14 +84,27 @@ static int set_call(const char *text, const struct kernel_param *kp)
 	return 0;
 }
 
+/* int3 in two bytes, so the byte before where it leads is none: doubles the value if it is run. */
+static int set_gone(const char *text, const struct kernel_param *kp)
+{
+	ulong value = 1;
+
+	asm volatile(".byte 0xcd, 0x03, 0xc0 /* int $3; or behind its first byte add %%eax, %%eax */"
+		     : "+a" (value) : : "cc");
+	gone = value;
+	return 0;
+}
+
 static const struct kernel_param_ops work_ops = { .set = set_work };
 static const struct kernel_param_ops warn_ops = { .set = set_warn };
 static const struct kernel_param_ops bug_ops = { .set = set_bug };
+static const struct kernel_param_ops vanish_ops = { .set = set_gone };
 static const struct kernel_param_ops key_ops = { .set = set_key };
 static const struct kernel_param_ops call_ops = { .set = set_call };
 module_param_cb(work, &work_ops, NULL, 0200);
 module_param_cb(warn, &warn_ops, NULL, 0200);
 module_param_cb(bug, &bug_ops, NULL, 0200);
+module_param_cb(vanish, &vanish_ops, NULL, 0200);
 module_param_cb(key, &key_ops, NULL, 0200);
 module_param_cb(call, &call_ops, NULL, 0200);
 

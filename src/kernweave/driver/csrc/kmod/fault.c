@@ -12,6 +12,9 @@
  * no grace period waits for it.  So the frames on the stacks of all tasks are
  * looked at, with the machine stopped, before an area with such copies is freed.
  * Then no CPU is in kw_native_addr() either, which runs with interrupts off.
+ *
+ * Until then such a task goes on, when it wakes, behind the window it came by; so
+ * no other window may have that place inside.
  */
 #include <linux/rculist.h>
 #include <linux/sched/signal.h>
@@ -101,6 +104,7 @@ int kw_copies_set(struct kw_session *s, const struct kw_slice *req, const struct
 		  size_t len)
 {
 	struct kw_code *code = kw_area_find(s, req->area);
+	u64 i;
 
 	if (!code)
 		return -ENOENT;
@@ -111,12 +115,66 @@ int kw_copies_set(struct kw_session *s, const struct kw_slice *req, const struct
 		return -EPERM;
 	if (!kw_is_asked(s))
 		return -ENOLINK;
-	code->copies = kvmalloc(len, GFP_KERNEL);
+	code->copies = kvcalloc(req->len, sizeof(*code->copies), GFP_KERNEL);
 	if (!code->copies)
 		return -ENOMEM;
-	memcpy(code->copies, rows, len);
+	for (i = 0; i < req->len; i++)
+		code->copies[i] = (struct kw_known){ rows[i].addr, rows[i].native };
 	code->nr_copies = req->len;
 	list_add_rcu(&code->copied, &kw_copied);
+	return 0;
+}
+
+/* The last jump into the area is gone. */
+void kw_copies_unreachable(struct kw_code *code, struct kw_txn *t)
+{
+	const struct kw_poke *p;
+	u32 i;
+
+	lockdep_assert_held(&kw_lock);
+	for (i = 0; code->copies && i < code->nr_copies; i++) {
+		p = kw_poke_around(t, code->copies[i].native);
+		if (p)
+			code->copies[i].end = p->addr + p->len;
+	}
+}
+
+/* Whether anybody may come back to a place inside one of the pokes. */
+int kw_copies_check(struct kw_txn *t, u32 *bad)
+{
+	const struct kw_code *code;
+	const struct kw_poke *p;
+	u32 i;
+
+	lockdep_assert_held(&kw_lock);
+	list_for_each_entry(code, &kw_copied, copied)
+		for (i = 0; i < code->nr_copies; i++) {
+			p = kw_poke_around(t, code->copies[i].end);
+			if (p && p->addr != code->copies[i].end) {
+				*bad = p - t->pokes;
+				return -EBUSY;
+			}
+		}
+	return 0;
+}
+
+int kw_copies_returns(struct kw_out *out)
+{
+	const struct kw_code *code;
+	u64 *to;
+	u32 i, n = 0;
+
+	lockdep_assert_held(&kw_lock);
+	list_for_each_entry(code, &kw_copied, copied)
+		for (i = 0; i < code->nr_copies; i++)
+			n += !!code->copies[i].end;
+	to = kw_reserve(out, n * sizeof(*to));
+	if (!to)
+		return -ENOSPC;
+	list_for_each_entry(code, &kw_copied, copied)
+		for (i = 0; i < code->nr_copies; i++)
+			if (code->copies[i].end)
+				*to++ = code->copies[i].end;
 	return 0;
 }
 
@@ -125,12 +183,18 @@ struct kw_scan {
 	u32 visitors;
 };
 
-/* What an exception or an interrupt in the kernel left: ip, cs, flags, sp, ss. */
-static bool kw_is_frame(const struct kw_code *code, const unsigned long *at)
+/*
+ * What an exception in the kernel left: ip, cs, flags, sp, ss; the stack goes on
+ * behind.  ss may be anything: an interrupt of user mode leaves none.
+ */
+static bool kw_is_frame(const struct kw_code *code, const unsigned long *at,
+			const unsigned long *end)
 {
+	unsigned long sp = READ_ONCE_NOCHECK(at[3]);
+
 	return kw_is_inside(code, READ_ONCE_NOCHECK(at[0])) &&
 	       (u16)READ_ONCE_NOCHECK(at[1]) == __KERNEL_CS &&
-	       (u16)READ_ONCE_NOCHECK(at[4]) == __KERNEL_DS;
+	       sp >= (unsigned long)(at + 5) && sp <= (unsigned long)end;
 }
 
 static void kw_scan_task(struct kw_scan *scan, struct task_struct *task)
@@ -145,7 +209,7 @@ static void kw_scan_task(struct kw_scan *scan, struct task_struct *task)
 	if (sp < base || sp > (unsigned long)end)
 		sp = base;
 	for (at = (unsigned long *)sp; at + 5 <= end; at++)
-		if (kw_is_frame(scan->code, at)) {
+		if (kw_is_frame(scan->code, at, end)) {
 			scan->visitors++;
 			return;
 		}

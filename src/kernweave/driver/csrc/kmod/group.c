@@ -41,6 +41,10 @@
 static struct kw_txn *kw_arming; /* whose groups have an int3; set under kw_lock */
 static DEFINE_PER_CPU(u32, kw_hits);
 
+static unsigned int kw_gone;
+module_param_named(gone, kw_gone, uint, 0444);
+MODULE_PARM_DESC(gone, "int3 that were gone when somebody hit them; about");
+
 /* Find the poke at addr: pokes ascend. */
 struct kw_poke *kw_poke_at(struct kw_txn *t, u64 addr)
 {
@@ -107,37 +111,61 @@ static u64 kw_trampoline_of(struct kw_txn *t, const struct kw_poke *p)
 }
 NOKPROBE_SYMBOL(kw_trampoline_of);
 
-static int kw_group_hit(struct notifier_block *nb, unsigned long event, void *data)
+static bool kw_group_hit(struct pt_regs *regs)
 {
-	struct pt_regs *regs = ((struct die_args *)data)->regs;
 	struct kw_txn *t = READ_ONCE(kw_arming);
-	struct kw_poke *p;
+	struct kw_poke *p = t ? kw_poke_at(t, regs->ip - 1) : NULL;
 
-	if (event != DIE_INT3 || !t || user_mode(regs))
-		return NOTIFY_DONE;
-	p = kw_poke_at(t, regs->ip - 1);
 	if (!p || !(p->flags & KW_POKE_GROUP))
-		return NOTIFY_DONE;
+		return false;
 	this_cpu_inc(kw_hits);
 	regs->ip = kw_trampoline_of(t, p);
-	return NOTIFY_STOP;
+	return true;
 }
 NOKPROBE_SYMBOL(kw_group_hit);
 
-static struct notifier_block kw_group_notifier = {
-	.notifier_call = kw_group_hit,
+/*
+ * The kernel's protocol leaves no CPU behind with an int3 that is gone.  An
+ * emulator may, for good: QEMU translates what it runs, and another CPU may do so
+ * between the write's throwing the translation away and the write itself
+ * (docs/design/0007).  What is there now is run; with RF set QEMU looks for another
+ * translation, and real CPUs just take no instruction breakpoint there.
+ */
+static bool kw_int3_is_gone(struct pt_regs *regs)
+{
+	if (READ_ONCE(*(u8 *)(regs->ip - 1)) == INT3_INSN_OPCODE)
+		return false;
+	kw_gone++;
+	regs->ip--;
+	regs->flags |= X86_EFLAGS_RF;
+	return true;
+}
+NOKPROBE_SYMBOL(kw_int3_is_gone);
+
+static int kw_int3(struct notifier_block *nb, unsigned long event, void *data)
+{
+	struct pt_regs *regs = ((struct die_args *)data)->regs;
+
+	if (event != DIE_INT3 || user_mode(regs))
+		return NOTIFY_DONE;
+	return kw_group_hit(regs) || kw_int3_is_gone(regs) ? NOTIFY_STOP : NOTIFY_DONE;
+}
+NOKPROBE_SYMBOL(kw_int3);
+
+static struct notifier_block kw_int3_notifier = {
+	.notifier_call = kw_int3,
 	/* a debugger would take the int3 for its own, and what is asked before may have one */
 	.priority = INT_MAX,
 };
 
 int kw_group_init(void)
 {
-	return register_die_notifier(&kw_group_notifier);
+	return register_die_notifier(&kw_int3_notifier);
 }
 
 void kw_group_exit(void)
 {
-	unregister_die_notifier(&kw_group_notifier);
+	unregister_die_notifier(&kw_int3_notifier);
 }
 
 /*

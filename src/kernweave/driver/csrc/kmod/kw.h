@@ -42,6 +42,13 @@ struct kw_session {
 	struct list_head sets;
 };
 
+/* A copy that is looked up by its address. */
+struct kw_known {
+	u64 addr;
+	u64 native;
+	u64 end; /* of its window, once nothing leads to it any more; else 0 */
+};
+
 /* Executable memory and the per-CPU chunks its code writes. */
 struct kw_code {
 	struct list_head link;
@@ -52,7 +59,7 @@ struct kw_code {
 	bool sealed;
 	u32 users;  /* transactions whose jumps lead here and are not undone */
 	u64 stamp;  /* kw_stamp when it became unreachable, 0: never was reachable */
-	struct kw_copy *copies;  /* ascending; NULL: none */
+	struct kw_known *copies; /* ascending; NULL: none */
 	u32 nr_copies;
 	struct list_head copied; /* among all areas with copies */
 	bool held;               /* by a reference to this kmod: its session is gone */
@@ -164,6 +171,9 @@ unsigned long kw_native_addr(unsigned long addr);
 bool kw_copies_exist(void);
 int kw_copies_set(struct kw_session *s, const struct kw_slice *req, const struct kw_copy *rows,
 		  size_t len);
+void kw_copies_unreachable(struct kw_code *code, struct kw_txn *t);
+int kw_copies_check(struct kw_txn *t, u32 *bad);
+int kw_copies_returns(struct kw_out *out);
 u32 kw_copies_visitors(struct kw_code *code);
 
 int kw_text_commit(struct kw_session *s, const struct kw_commit *req, const struct kw_poke *pokes,

@@ -14,7 +14,7 @@
 #include <linux/types.h>
 
 #ifndef KW_UAPI_VERSION
-#define KW_UAPI_VERSION 3
+#define KW_UAPI_VERSION 4
 #endif
 
 #define KW_MAGIC 0x5245574bu /* "KWER" */
@@ -78,6 +78,7 @@ enum kw_op {
 	KW_OP_ARM = 20,     /* kw_commit and kw_trap[] -> s64: the set, then a status per trap */
 	KW_OP_DISARM = 21,  /* kw_size{set} -> u64 missed hits per trap */
 	KW_OP_COPIES = 22,  /* kw_slice{area, 0, count} and kw_copy[], before it is sealed */
+	KW_OP_RETURNS = 23, /* -> u64[] where tasks may go on that left by unreachable copies */
 };
 
 #define KW_WRITER 1u /* kw_hello.flags: this session will change text */

@@ -72,6 +72,7 @@ static const struct kw_rule {
 	[KW_OP_ARM] = { sizeof(struct kw_commit), true },
 	[KW_OP_DISARM] = { sizeof(struct kw_size), true },
 	[KW_OP_COPIES] = { sizeof(struct kw_slice), true },
+	[KW_OP_RETURNS] = { 0, false },
 };
 
 /* Requests that change something; kw_lock held. */
@@ -130,6 +131,8 @@ static int kw_look(struct kw_session *s, u16 op, const u8 *p, size_t len, struct
 		return kw_ftrace_records(out);
 	case KW_OP_PLACED:
 		return kw_placed(out);
+	case KW_OP_RETURNS:
+		return kw_copies_returns(out);
 	}
 	return -EOPNOTSUPP;
 }

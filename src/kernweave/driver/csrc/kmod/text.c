@@ -157,6 +157,10 @@ static int kw_hold_kmod(struct kw_txn *t, const struct kw_poke *p)
 		}
 	if (m && !try_module_get(m))
 		m = NULL;
+	if (m && m->state != MODULE_STATE_LIVE) { /* its init may fail, and frees it then */
+		module_put(m);
+		m = NULL;
+	}
 	preempt_enable();
 	if (!m)
 		return -EFAULT;
@@ -176,6 +180,8 @@ static int kw_check_pokes(struct kw_txn *t, u32 *bad)
 	int ret;
 
 	ret = kw_check_jumps(t, bad);
+	if (!ret)
+		ret = kw_copies_check(t, bad);
 	for (i = 0; i < t->count && !ret; i++) {
 		*bad = i;
 		if (!kw_is_core_text(&t->pokes[i]))
@@ -292,12 +298,18 @@ static bool kw_may_restore(struct kw_txn *t, u32 i)
 	return !held;
 }
 
-/* Write the old bytes of what is placed in [from, to), read again and compare. */
+/*
+ * Write the old bytes of what is placed in [from, to), at most a batch; read them
+ * again and compare.  What was restored before may be somebody else's by now.
+ */
 void kw_text_restore(struct kw_txn *t, u32 from, u32 to, bool shorts)
 {
+	static DECLARE_BITMAP(before, KW_BATCH); /* under text_mutex */
 	u32 i;
 
 	lockdep_assert_held(kw_syms.text_mutex);
+	for (i = from; i < to; i++)
+		__assign_bit(i - from, before, t->states[i] == KW_RESTORED);
 	for (i = from; i < to; i++) {
 		if (!kw_in_pass(t, i, shorts))
 			continue;
@@ -311,7 +323,8 @@ void kw_text_restore(struct kw_txn *t, u32 from, u32 to, bool shorts)
 	}
 	kw_finish();
 	for (i = from; i < to; i++)
-		if (t->states[i] == KW_RESTORED && !kw_text_matches(&t->pokes[i], t->pokes[i].old))
+		if (t->states[i] == KW_RESTORED && !test_bit(i - from, before) &&
+		    !kw_text_matches(&t->pokes[i], t->pokes[i].old))
 			t->states[i] = KW_STUCK;
 }
 

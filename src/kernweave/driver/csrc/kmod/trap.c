@@ -7,6 +7,7 @@
  */
 #include <linux/kprobes.h>
 #include <linux/percpu.h>
+#include <linux/sched/signal.h>
 #include <linux/slab.h>
 
 #include "kw.h"
@@ -96,6 +97,14 @@ static struct kw_set *kw_set_find(struct kw_session *s, u64 id)
 	return NULL;
 }
 
+/* Waits for a grace period of RCU; called without kw_lock held when a session ends. */
+static void kw_set_disarm(struct kw_set *set)
+{
+	if (set->nr_armed)
+		unregister_kprobes(set->armed, set->nr_armed);
+	set->nr_armed = 0;
+}
+
 /* Arm what the kernel allows; the reply has a status per trap, the set's number first. */
 int kw_trap_arm(struct kw_session *s, const struct kw_commit *req, const struct kw_trap *traps,
 		size_t len, struct kw_out *out)
@@ -118,6 +127,12 @@ int kw_trap_arm(struct kw_session *s, const struct kw_commit *req, const struct 
 	code->users++;
 	*status++ = set->id;
 	for (i = 0; i < set->count; i++) {
+		if (signal_pending(current)) { /* each takes milliseconds */
+			kw_set_disarm(set);
+			kw_area_unreachable(code);
+			kw_set_free(set);
+			return -EINTR;
+		}
 		status[i] = kw_trap_init(&set->probes[i], &traps[i], code);
 		if (!status[i])
 			status[i] = register_kprobe(&set->probes[i].kp);
@@ -126,14 +141,6 @@ int kw_trap_arm(struct kw_session *s, const struct kw_commit *req, const struct 
 		cond_resched();
 	}
 	return 0;
-}
-
-/* Waits for a grace period of RCU; called without kw_lock held when a session ends. */
-static void kw_set_disarm(struct kw_set *set)
-{
-	if (set->nr_armed)
-		unregister_kprobes(set->armed, set->nr_armed);
-	set->nr_armed = 0;
 }
 
 /* Idempotent; the reply is the number of missed hits of each trap. */

@@ -113,6 +113,7 @@ void kw_undo_all(struct kw_txn *t, struct kw_undone *sum, bool wait)
 	kw_restore_pass(t, false);
 	kw_sum_states(t, sum);
 	if (!sum->stuck && t->code) {
+		kw_copies_unreachable(t->code, t);
 		kw_area_unreachable(t->code);
 		t->code = NULL;
 	}
