@@ -37,7 +37,7 @@ _FORBIDDEN = {
     Reason.LOCK_PREFIX: "the kernel may rewrite the lock prefix",
     Reason.NOT_BOUNDARY: "bytes that are no instruction",
 }
-#: there is no room for a jump, and a trap does not count them
+#: there is no room for a jump, or they stay at home, and a trap does not count them
 _NO_ROOM = (Reason.TOO_SHORT, Reason.EXCEPTION_ENTRY, Reason.BUG_ENTRY)
 _STEPS: list[tuple[str, list[Tactic]]] = [
     ("nop5, jmp32", [Tactic.NOP5, Tactic.JMP32]),
@@ -125,9 +125,10 @@ def _document(figures: dict[str, dict[str, Any]]) -> str:
         lines.append(_row(f"`{word}`", [_cell(f, word) for f in columns]))
     lines += [
         "",
-        "The last three are refused: a jump has no room, and a trap would not be exact. All other",
-        "instructions with an entry in the exception table or in a bug table, about 8,000 in 6.1,",
-        "are displaced: the kernel's searches find the native address for that of a copy.",
+        "The last three are refused: a jump has no room, or a fault is fixed up at home only (that",
+        "of `load_unaligned_zeropad()`), and a trap would not be exact. All others with",
+        "an entry in the exception table or in a bug table, about 8,000 in 6.1, are displaced: the",
+        "kernel's searches find the native address for that of a copy.",
         "",
         "Traps, by bytes of the instruction: "
         + "; ".join(

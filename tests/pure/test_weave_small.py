@@ -27,6 +27,7 @@ CACHE = BASE + 0x400_0000
 ROOM = 0x100
 MOVE = op("MOV_R64_RM64", "rax", "rbx")
 ENDBR = op("ENDBR64")
+LOAD = op("MOV_R64_RM64", "rax", mem(iced.Register.RDI))
 STI, HLT = op("STI"), op("HLT")
 Functions = tuple[tuple[Item, ...], ...]
 
@@ -148,6 +149,18 @@ def test_fault_inside_an_instruction_is_a_bail_out() -> None:
     sites = Sites(exceptions=addrs(at(0) + 12), fixups=addrs(at(0) + 11))
     source = source_of((NOP5, jcc("e", "there"), MOVE, "there", RET), sites=sites)
     assert reason_of(find_scope(source), source, at(0) + 11) == Why.TABLE
+
+
+@pytest.mark.parametrize(("zeropads", "why"), [(0, Why.WOVEN), (1, Why.ZEROPAD)])
+def test_load_that_is_fixed_up_right_behind_it_only_is_a_bail_out(zeropads: int, why: Why) -> None:
+    load = addrs(at(0) + 14)
+    sites = Sites(exceptions=load, fixups=addrs(at(0) + 17), zeropads=load[:zeropads])
+    source = source_of((NOP5, jcc("e", "there"), MOVE, "there", LOAD, MOVE, RET), sites=sites)
+    scope = find_scope(source)
+    assert reason_of(scope, source, at(0) + 14) == why
+    woven = weave(source, CACHE, select_insns)
+    assert (at(0) + 14 in woven.map.native.tolist()) == (why is Why.WOVEN)
+    assert len(exceptions_of(source, woven.map).row) == 1 - zeropads
 
 
 @pytest.mark.parametrize(

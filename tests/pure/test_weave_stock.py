@@ -300,6 +300,15 @@ def test_exceptions_and_bugs_name_the_copies(stock: Stock) -> None:
     assert np.array_equal(np.where(home, home, faults.other), fixup)
 
 
+def test_what_is_fixed_up_at_home_only_has_no_copy(stock: Stock) -> None:
+    zeropads = stock.source.sites.zeropads
+    assert len(zeropads) > 10
+    assert not contains(zeropads, stock.whole.map.native).any()
+    rows = stock.source.index.rows(zeropads)
+    blocks = stock.source.tables.instructions.block[rows]
+    assert (stock.scope.block[blocks] != Why.WOVEN).all()
+
+
 def test_unwinding_a_copy_finds_the_row_of_its_native_instruction(stock: Stock) -> None:
     woven, orc = stock.whole, stock.file.tables.orc
     found = orc_of(stock.source, stock.scope, woven.layout, orc, woven.base)

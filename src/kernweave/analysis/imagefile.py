@@ -23,7 +23,7 @@ from kernweave.analysis.hints import (
 from kernweave.analysis.kernel import Hints
 from kernweave.analysis.parts import make_parts
 from kernweave.errors import Reason
-from kernweave.image.columns import BUG_WARNING
+from kernweave.image.columns import BUG_WARNING, EX_TYPE_ZEROPAD
 from kernweave.image.sites import Sites, make_ranges
 from kernweave.image.special import denied_text, special_text
 from kernweave.image.symbols import Symbols, make_symbols
@@ -88,7 +88,7 @@ def sites_of_file(kernel: KernelFile, symbols: Symbols, tables: Tables) -> Sites
     special = special_text(symbols, kernel.lookup)
     spans = [span for span in map(symbols.bounds, tables.denylist.tolist()) if span]
     denied = np.array(spans, np.uint64).reshape(-1, 2)
-    bugs = tables.bugs
+    bugs, exceptions = tables.bugs, tables.exceptions
     return Sites(
         ranges=(
             *denied_text(symbols, kernel.lookup),
@@ -97,8 +97,9 @@ def sites_of_file(kernel: KernelFile, symbols: Symbols, tables: Tables) -> Sites
         jump_labels=tables.jump_labels.addr,
         jump_targets=tables.jump_labels.target,
         static_calls=tables.static_calls.addr,
-        exceptions=tables.exceptions.addr,
-        fixups=tables.exceptions.fixup,
+        exceptions=exceptions.addr,
+        fixups=exceptions.fixup,
+        zeropads=exceptions.addr[exceptions.type == EX_TYPE_ZEROPAD],
         bugs=bugs.addr,
         fatal_bugs=bugs.addr[(bugs.flags & BUG_WARNING) == 0],
         ftrace=tables.ftrace,

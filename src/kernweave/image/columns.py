@@ -46,6 +46,10 @@ _ALTERNATIVE = {
 }
 _CPUID_NOT = 1 << 15  # in rows of 12 bytes
 
+#: of load_unaligned_zeropad(): ex_handler_zeropad() decodes what it faulted at, and goes on only if
+#: the fix-up is right behind that
+EX_TYPE_ZEROPAD = 20
+
 BUG_WARNING = 1 << 0
 BUG_ONCE = 1 << 1
 BUG_DONE = 1 << 2

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kernweave.errors import Reason
-from kernweave.image.columns import BUG_WARNING, decode_bugs
+from kernweave.image.columns import BUG_WARNING, EX_TYPE_ZEROPAD, decode_bugs, decode_exceptions
 from kernweave.image.rows import Span
 
 Read = Callable[[int, int], bytes]
@@ -65,8 +65,8 @@ TABLES = {
     "bugs": ("__start___bug_table", "__stop___bug_table"),
 }
 
-#: bytes of one row, the bug table's apart: they differ between kernels
-ROW_BYTES = {"jump_labels": 16, "static_calls": 8, "exceptions": 12}
+#: bytes of one row of the tables of which only addresses are read
+ROW_BYTES = {"jump_labels": 16, "static_calls": 8}
 _ANYWHERE = (1 << 63, (1 << 64) - 1)
 
 _NONE: Addrs = np.zeros(0, np.uint64)
@@ -108,6 +108,8 @@ class Sites:
         static_calls: address of each static-call instruction.
         exceptions: address of each instruction with a fix-up.
         fixups: where it continues after a fault, in the same order.
+        zeropads: those of `exceptions` that are fixed up only where they are natively: the kernel
+            also measures how far it is from where they faulted to the fix-up.
         bugs: address of each `ud2` with a bug-table entry.
         fatal_bugs: those from which control does not come back.
         ftrace: address of each ftrace site.
@@ -124,6 +126,7 @@ class Sites:
     static_calls: Addrs = field(default_factory=lambda: _NONE)
     exceptions: Addrs = field(default_factory=lambda: _NONE)
     fixups: Addrs = field(default_factory=lambda: _NONE)
+    zeropads: Addrs = field(default_factory=lambda: _NONE)
     bugs: Addrs = field(default_factory=lambda: _NONE)
     fatal_bugs: Addrs = field(default_factory=lambda: _NONE)
     ftrace: Addrs = field(default_factory=lambda: _NONE)
@@ -209,7 +212,7 @@ def read_sites(
 
     jump_labels, jump_targets = _sorted_pair(column("jump_labels", 0), column("jump_labels", 4))
     bugs, fatal = _read_bugs(read, images, bug_bytes)
-    exceptions, fixups = _sorted_pair(column("exceptions", 0), column("exceptions", 4))
+    exceptions, fixups, zeropads = _read_exceptions(read, images)
     return Sites(
         ranges=tuple(ranges),
         jump_labels=jump_labels,
@@ -217,6 +220,7 @@ def read_sites(
         static_calls=np.sort(column("static_calls", 0)),
         exceptions=exceptions,
         fixups=fixups,
+        zeropads=zeropads,
         bugs=bugs,
         fatal_bugs=fatal,
         ftrace=np.sort(ftrace[0]),
@@ -228,14 +232,28 @@ def read_sites(
     )
 
 
-def _read_bugs(read: Read, images: Sequence[TableSpans], size: int) -> tuple[Addrs, Addrs]:
-    """Addresses of all bug-table entries, and of those that do not come back."""
-    spans = [one.spans.get("bugs", (0, 0)) for one in images]
-    tables = [
-        decode_bugs(Span("bugs", start, read(start, end - start), _ANYWHERE), size)
+def _read_spans(read: Read, images: Sequence[TableSpans], name: str) -> list[Span]:
+    """The tables of one name, of all images that have it."""
+    spans = [one.spans.get(name, (0, 0)) for one in images]
+    return [
+        Span(name, start, read(start, end - start), _ANYWHERE)
         for start, end in spans
         if end > start
     ]
+
+
+def _read_exceptions(read: Read, images: Sequence[TableSpans]) -> tuple[Addrs, Addrs, Addrs]:
+    """Addresses and fix-ups of all exception-table entries, and addresses of zeropads."""
+    tables = [decode_exceptions(span) for span in _read_spans(read, images, "exceptions")]
+    addr = np.concatenate([_NONE, *(table.addr for table in tables)])
+    fixup = np.concatenate([_NONE, *(table.fixup for table in tables)])
+    zeropads = [table.addr[table.type == EX_TYPE_ZEROPAD] for table in tables]
+    return *_sorted_pair(addr, fixup), np.sort(np.concatenate([_NONE, *zeropads]))
+
+
+def _read_bugs(read: Read, images: Sequence[TableSpans], size: int) -> tuple[Addrs, Addrs]:
+    """Addresses of all bug-table entries, and of those that do not come back."""
+    tables = [decode_bugs(span, size) for span in _read_spans(read, images, "bugs")]
     addr = np.concatenate([_NONE, *(table.addr for table in tables)])
     warns = np.concatenate([np.zeros(0, bool), *(table.flags & BUG_WARNING for table in tables)])
     return np.sort(addr), np.sort(addr[warns == 0])

@@ -37,7 +37,8 @@ class Rules:
     Attributes:
         locks_live: lock prefixes may still be patched (CPUs come and go).
         calls_counted: `push; jmp` must not stand for a call (call-depth tracking).
-        translates: the kernel's searches by address find the native one for that of a copy.
+        translates: the kernel's searches by address find the native one for that of a copy;
+            zeropads stay at home even so.
         tactics: tactics to try, in order.
     """
 
@@ -177,6 +178,7 @@ def _refusals(code: Code, rows: Rows, sites: Sites, rules: Rules) -> list[tuple[
         (Reason.BUSY_FTRACE, contains(sites.ftrace_busy, addr)),
         (Reason.JUMP_LABEL, contains(sites.jump_labels, addr)),
         (Reason.STATIC_CALL, contains(sites.static_calls, addr)),
+        (Reason.EXCEPTION_ENTRY, contains(sites.zeropads, addr)),
         *([] if rules.translates else _by_address(code, rows, sites)),
         (Reason.STI_SHADOW, _follows(code, rows, Trait.SHADOW)),
         (Reason.SWAPGS, _part_has(code, rows, Trait.SWAPGS)),
@@ -262,7 +264,7 @@ _DETAILS = {
     Reason.STATIC_CALL: "the kernel rewrites this instruction when a static call changes",
     Reason.LOCK_PREFIX: "the kernel may rewrite the lock prefix when CPUs come and go",
     Reason.RETPOLINE_SITE: "this kernel counts calls, a displaced one would be missed",
-    Reason.EXCEPTION_ENTRY: "a fault here is fixed up by its address, and no jump is possible",
+    Reason.EXCEPTION_ENTRY: "a fault here is fixed up by its address, and it cannot be displaced",
     Reason.BUG_ENTRY: "a warning is reported by this address, and no jump is possible",
     Reason.STI_SHADOW: "interrupts stay off for exactly this instruction",
     Reason.SWAPGS: "this function changes the gs base, which the counter needs",

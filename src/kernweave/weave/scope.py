@@ -42,6 +42,7 @@ class Why(IntEnum):
     LINE = 22  # an indirect call that is safe by its address within the cache line only
     LOCK = 23  # its lock prefix may still be patched
     TABLE = 24  # a table of the kernel names a place inside an instruction
+    ZEROPAD = 25  # fixed up only if its fix-up is right behind it: no counter may come between
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +158,7 @@ def _bad_rows(source: Source, shapes: Shapes, rules: Rules) -> Iterator[tuple[Wh
         yield Why.LOCK, np.flatnonzero(trait & Trait.LOCK)
     if rules.line_matters:
         yield Why.LINE, np.flatnonzero(flow == Flow.INDIRECT_CALL)
+    yield Why.ZEROPAD, np.flatnonzero(source.mark(source.sites.zeropads))
     yield Why.TABLE, _named_inside(source)
     yield Why.INSIDE_CALL, _calls_inside(source)
     yield Why.TRAP, _traps(source)
