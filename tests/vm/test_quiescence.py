@@ -7,7 +7,7 @@ from guest import JUMPS, assert_exact, program, read_text, target
 
 import kernweave
 from kernweave.errors import Reason
-from kernweave.image.sites import INT3_PATH
+from kernweave.image.denied import INT3_PATH
 from kernweave.lab.machine import Lab
 
 #: what an idle CPU passes through, and where it sleeps

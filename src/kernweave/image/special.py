@@ -11,9 +11,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from kernweave.errors import Reason
+from kernweave.image.denied import is_denied
 from kernweave.image.sites import (
-    DENIED_NAMES,
-    DENIED_PREFIXES,
     OTHER_MODES,
     RETURN_THUNKS,
     TEXT_RANGES,
@@ -60,8 +59,7 @@ def denied_text(symbols: Symbols, lookup: Lookup) -> list[Ranges]:
         for (_, _, reason), start, end in zip(TEXT_RANGES, edges[::2], edges[1::2], strict=True)
         if start and end > start
     ]
-    prefixed = [name for name in symbols.by_name if name.startswith(DENIED_PREFIXES)]
-    names = (*DENIED_NAMES, *prefixed, *RETURN_THUNKS)
+    names = (*filter(is_denied, symbols.by_name), *RETURN_THUNKS)
     spans = [_thunks(symbols, lookup), *_bounds(symbols, _named(symbols, names))]
     return [*found, _ranges(Reason.DENYLIST, [span for span in spans if span[1] > span[0]])]
 
