@@ -13,6 +13,54 @@ INT3_PATH = (
     "hw_breakpoint_exceptions_notify", "kprobe_exceptions_notify",
 )  # fmt: skip
 
+#: what ftrace calls back before or behind the guard against its own recursion, and what that calls
+#: there: notify_die() is traced like others, so each int3 would lead to the next.  Callbacks that
+#: kprobes survive no better are denied by the kernel's own list; what runs under the guard may be
+#: probed.
+TRACER_ENTRIES = (
+    "call_direct_funcs", "fprobe_kprobe_handler", "ftrace_graph_func", "ftrace_pid_func",
+    "function_args_trace_call", "function_graph_enter_regs", "function_no_repeats_trace_call",
+    "function_stack_no_repeats_trace_call", "function_stack_trace_call", "function_trace_call",
+    "function_trace_probe_call", "klp_ftrace_handler", "perf_ftrace_function_call",
+    "prepare_ftrace_return", "rcu_is_watching", "stack_trace_call",
+)  # fmt: skip
+
+#: what runs, mostly without a guard, when a traced function returns: of the graph tracer, which
+#: reads the clock before it looks, and of rethooks
+TRACER_RETURNS = (
+    "fgraph_get_task_var", "ftrace_graph_ret_stub", "ftrace_return_to_handler", "objpool_push",
+    "return_run", "trace_graph_return", "trace_graph_thresh_return",
+    "kvm_sched_clock_read", "native_read_msr", "native_sched_clock", "pvclock_clocksource_read",
+    "read_hv_clock_tsc", "read_hv_sched_clock_msr", "read_hv_sched_clock_tsc", "sched_clock",
+    "trace_clock_local", "vmware_sched_clock", "xen_sched_clock",
+)  # fmt: skip
+
+#: what a BPF trampoline calls before a program's own counter of recursion guards it, when the
+#: counter says no, and behind it; together with `__bpf_prog_enter*` and `__bpf_prog_exit*`
+BPF_TRAMPOLINES = (
+    "__bpf_tramp_enter", "__bpf_tramp_exit", "bpf_prog_inc_misses_counter", "migrate_disable",
+    "migrate_enable", "update_prog_stats",
+)  # fmt: skip
+
+#: what a CPU that comes up runs before it has loaded an IDT with a handler of int3: a triple fault
+AP_START = (
+    "__pi_startup_64_load_idt", "cc_platform_has", "common_startup_64", "cpu_init_fred_exceptions",
+    "cpu_init_exception_handling", "cpu_init_fred_rsps", "cpu_init_secondary", "cr4_init",
+    "cr4_set_bits", "cr4_update_irqsoff", "early_setup_idt", "load_current_idt", "load_direct_gdt",
+    "load_fixmap_gdt", "memset", "memset_erms", "memset_orig", "native_load_gdt",
+    "native_load_tr_desc", "native_write_cr4", "native_write_gdt_entry", "native_write_msr",
+    "set_bringup_idt_handler", "setup_ghcb", "sev_es_negotiate_protocol", "sev_verify_cbit",
+    "snp_register_ghcb_early", "startup_64_load_idt", "verify_cpu",
+)  # fmt: skip
+
+#: where a CPU that went offline stays: nobody waits until it has left a copy, and some come back
+PLAY_DEAD = (
+    "acpi_idle_play_dead", "acpi_mp_play_dead", "acpi_processor_ffh_play_dead",
+    "asm_acpi_mp_play_dead", "cpuidle_play_dead", "hlt_play_dead", "mwait_play_dead",
+    "native_play_dead", "play_dead_common", "resume_play_dead", "sev_es_play_dead",
+    "xen_pv_play_dead",
+)  # fmt: skip
+
 #: functions that are copied elsewhere, patched by others, or run without their per-CPU data
 COPIED = (
     "__fentry__", "ftrace_caller", "ftrace_caller_op_ptr", "ftrace_call", "ftrace_caller_end",
@@ -28,9 +76,14 @@ COPIED = (
 )  # fmt: skip
 
 #: functions that are denied with all whose names begin so
-DENIED_PREFIXES = ("bpf_dispatcher_", "optprobe_template_", "xen_hypercall_")
+DENIED_PREFIXES = (
+    "bpf_dispatcher_", "optprobe_template_", "xen_hypercall_", "__bpf_prog_enter",
+    "__bpf_prog_exit",
+)  # fmt: skip
 
-DENIED_NAMES = frozenset((*INT3_PATH, *COPIED))
+DENIED_NAMES = frozenset(
+    (*INT3_PATH, *TRACER_ENTRIES, *TRACER_RETURNS, *BPF_TRAMPOLINES, *AP_START, *PLAY_DEAD, *COPIED)
+)
 
 
 def is_denied(name: str) -> bool:
