@@ -73,7 +73,7 @@ def test_whoever_is_told_of_an_int3_before_the_driver_is_left_alone(machine: Lab
 
 
 def test_cpu_that_goes_and_comes_finds_its_text(machine: Lab) -> None:
-    """A CPU that is off sleeps in a function that groups are put into meanwhile."""
+    """What a CPU that is off sleeps in is left alone; groups are put around it meanwhile."""
     online = "/sys/devices/system/cpu/cpu1/online"
     points = [f"{name}@insns" for name in (*IDLE, "native_play_dead", "mwait_play_dead")]
     with kernweave.connect(target(machine)) as session:
