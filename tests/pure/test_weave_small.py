@@ -240,6 +240,41 @@ def test_static_call_goes_to_native_code_and_others_to_clones() -> None:
     assert targets == [at(1), int(entries.clone[1])]
 
 
+def with_bytes(source: Source, native: int, code: bytes) -> Source:
+    """The same tables, as of an earlier boot, and another text."""
+    text = source.text.copy()
+    text[native - BASE : native - BASE + len(code)] = np.frombuffer(code, np.uint8)
+    return replace(source, text=text)
+
+
+NOP5_BYTES = bytes.fromhex("0f1f440000")
+RETURN = b"\xc3\xcc\xcc\xcc\xcc"
+
+
+@pytest.mark.parametrize("before", [NOP5_BYTES, RETURN, bytes.fromhex("e8f3000000")])
+@pytest.mark.parametrize("now", [NOP5_BYTES, RETURN, bytes.fromhex("e8f3000000")])
+def test_static_call_is_what_its_bytes_are_now(before: bytes, now: bytes) -> None:
+    items: tuple[Item, ...] = (NOP5, MOVE, before, MOVE, RET)
+    then = source_of(items, (NOP5, RET), sites=Sites(static_calls=addrs(at(0) + 8)))
+    source = with_bytes(then, at(0) + 8, now)
+    woven = weave(source, CACHE)
+    code = clone_of(woven, at(0) + 8)
+    if now[0] == 0xE8:
+        clone = int(woven.map.clones_of(addrs(at(0) + 8))[0])
+        assert iced.Decoder(64, code, ip=clone).decode().near_branch_target == at(1)
+    else:
+        assert code == now
+
+
+@pytest.mark.parametrize(("before", "now"), [("6690", "eb03"), ("eb03", "6690")])
+def test_jump_label_is_what_its_bytes_are_now(before: str, now: str) -> None:
+    items: tuple[Item, ...] = (NOP5, MOVE, bytes.fromhex(before), MOVE, "out", RET)
+    sites = Sites(jump_labels=addrs(at(0) + 8), jump_targets=addrs(at(0) + 13))
+    source = with_bytes(source_of(items, sites=sites), at(0) + 8, bytes.fromhex(now))
+    code = clone_of(weave(source, CACHE), at(0) + 8)
+    assert code.hex() == ("e903000000" if now == "eb03" else "0f1f440000")
+
+
 def test_slot_is_behind_the_endbr64_or_at_the_start() -> None:
     woven = weave(source_of((ENDBR, NOP5, RET), (NOP5, RET)), CACHE)
     entries = make_entries(woven.source, woven.layout, CACHE)

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kernweave.weave.source import I32, U8, Mask, Rows, Source
-from kernweave.x86.decode import Flow, Trait
+from kernweave.x86.decode import Flow
 
 NEAR_BYTES = 5  # jmp rel32, call rel32, and whatever the kernel may write over them
 
@@ -29,6 +29,9 @@ class Form(IntEnum):
     ODD = 8  # not copied at all
 
 
+_CALL, _JUMP, _SHORT = 0xE8, 0xE9, 0xEB
+_NOPS = (0x0F, 0x66, 0x3E)  # first bytes of a jump label's nops: 0f 1f 44.., 66 90, 3e 8d ..
+
 #: bytes of a copy; 0: those of the native instruction
 _BYTES = np.array([0, 0, 5, 6, *(NEAR_BYTES,) * 4, 0], np.uint8)
 #: forms that end in a distance of four bytes
@@ -46,6 +49,7 @@ class Shapes:
         target: int32[k], row of the instruction each leads to, -1 if it is none of this image, or
             if the kernel's own patching decides where (static calls).
         to: uint64[k], native address it leads to; of a jump label that is a nop, would lead to.
+        static: bool[n], sites of static calls.
     """
 
     form: U8
@@ -53,10 +57,13 @@ class Shapes:
     branch: Rows
     target: I32
     to: npt.NDArray[np.uint64]
+    static: Mask
 
 
 def find_shapes(source: Source, line_matters: bool = False) -> Shapes:
     """Look at all branches and patchable instructions of an image.
+
+    What the kernel patches is told by its bytes: the tables may be of an earlier boot.
 
     Args:
         source: the image.
@@ -66,24 +73,30 @@ def find_shapes(source: Source, line_matters: bool = False) -> Shapes:
     labels = source.mark(sites.jump_labels)
     static = source.mark(sites.static_calls)
     direct = np.isin(instructions.flow, (Flow.JUMP, Flow.BRANCH, Flow.CALL))
-    direct &= instructions.target != 0
+    direct &= (instructions.target != 0) & ~static
+    direct[static] |= np.isin(source.text[source.at[static]], (_CALL, _JUMP))
     branch = np.flatnonzero(direct | labels)
     form = np.zeros(len(instructions.addr), np.uint8)
     if line_matters:
         form[np.isin(instructions.flow, (Flow.RETURN, Flow.INDIRECT_JUMP))] = Form.NATIVE
     form[branch] = _forms(source, branch)
     form[labels] = _label_forms(source, np.flatnonzero(labels))
-    calls = np.flatnonzero(static)
-    form[calls[form[calls] == Form.PLAIN]] = Form.STATIC_CALL
-    form[calls[np.isin(form[calls], (Form.SHORT_JUMP, Form.SHORT_BRANCH))]] = Form.ODD
+    form[static] = np.where(direct[static], Form.REL32, Form.STATIC_CALL)
+    odd = (instructions.flow == Flow.BRANCH) | (instructions.length == 2)
+    form[static & odd] = Form.ODD
     to = instructions.target[branch]
+    calls = branch[static[branch]]
+    distance = source.signed_at(source.at[calls] + 1).astype(np.int64).view(np.uint64)
+    to[static[branch]] = instructions.addr[calls] + np.uint64(NEAR_BYTES) + distance
     labelled = labels[branch]
     at = np.searchsorted(sites.jump_labels, instructions.addr[branch[labelled]])
     to[labelled] = sites.jump_targets[at]
     target = source.index.rows(to).astype(np.int32)
     target[static[branch]] = -1
     size = _BYTES[form]
-    return Shapes(form, np.where(size, size, instructions.length), branch, target, to)
+    size = np.where(size, size, instructions.length)
+    size[static & (form != Form.ODD)] = NEAR_BYTES
+    return Shapes(form, size, branch, target, to, static)
 
 
 def _forms(source: Source, rows: Rows) -> U8:
@@ -106,10 +119,10 @@ def _forms(source: Source, rows: Rows) -> U8:
 
 def _label_forms(source: Source, rows: Rows) -> U8:
     """uint8[m]: of jump labels, by what they are at the moment."""
-    instructions = source.tables.instructions
+    first = source.text[source.at[rows]]
     found = np.full(len(rows), Form.ODD, np.uint8)
-    found[(instructions.trait[rows] & Trait.NOP) != 0] = Form.LABEL_OFF
-    found[instructions.flow[rows] == Flow.JUMP] = Form.LABEL_ON
+    found[np.isin(first, _NOPS)] = Form.LABEL_OFF
+    found[np.isin(first, (_JUMP, _SHORT))] = Form.LABEL_ON
     return found
 
 

@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from kernweave.errors import InternalError
 from kernweave.image.sites import contains
-from kernweave.weave.branches import NEAR_BYTES, Form
+from kernweave.weave.branches import NEAR_BYTES, Form, is_in
 from kernweave.weave.counters import Counters, Place
 from kernweave.weave.scope import Scope, Why
 from kernweave.weave.source import I32, U8, Mask, Rows, Source, live_before
@@ -193,10 +193,12 @@ def _tails(source: Source, scope: Scope, size: U8) -> tuple[Rows, Rows]:
         instructions.function[:-1] != instructions.function[1:]
     )
     rows = np.flatnonzero(parted & (size > 0))
-    patched = form[rows] == Form.STATIC_CALL
-    end = source.at[rows] + np.where(patched, size[rows], instructions.length[rows])
+    static = scope.shapes.static[rows]
+    end = source.at[rows] + np.where(static, size[rows], instructions.length[rows])
     int3 = source.text[end] == _INT3
-    falls = ~np.isin(instructions.flow[rows], _NO_FALL) | (form[rows] == Form.LABEL_ON)
+    falls = ~np.isin(instructions.flow[rows], _NO_FALL) | is_in(
+        form[rows], Form.LABEL_ON, Form.LABEL_OFF
+    )
     return rows[int3], rows[~int3 & falls]
 
 
