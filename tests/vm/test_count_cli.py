@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import pytest
@@ -173,6 +174,30 @@ def test_count_all_entries_is_placed_in_part(run: Kernweave) -> None:
     *placed, end = rows(run("count", "*", "--json", "--no-trap", "--", "true"))
     assert len(placed) > 35000 and end["text_restored"]
     assert {one["reason"] for one in end["refused"]} >= {"noinstr", "denylist"}
+
+
+def test_count_of_entries_alone_does_not_read_the_whole_text(
+    machine: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    read = Driver.read_ranges
+
+    def measured(self: Driver, starts: Any, ends: Any) -> bytes:
+        data = read(self, starts, ends)
+        sizes.append(len(data))
+        return data
+
+    monkeypatch.setattr(Driver, "read_ranges", measured)
+    with Session(f"lab:{machine.name}") as session:
+        assert session.view.images  # tables are read here
+        sizes.clear()
+        with session.count("vfs_*"):
+            entries, whole = max(sizes), session.driver.facts
+        sizes.clear()
+        with session.count("vfs_read@blocks"):
+            pass
+    assert entries < 1 << 20
+    assert max(sizes) > (whole.text_end - whole.text_start) // 2  # the check can fail
 
 
 def test_count_human_output_fits_80_columns_and_says_how_it_went(run: Kernweave) -> None:
