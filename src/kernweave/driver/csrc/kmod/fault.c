@@ -21,6 +21,7 @@
 #include <linux/sched/task_stack.h>
 #include <linux/slab.h>
 #include <linux/stop_machine.h>
+#include <asm/unwind.h>
 
 #include "kw.h"
 
@@ -197,6 +198,24 @@ static bool kw_is_frame(const struct kw_code *code, const unsigned long *at,
 	       sp >= (unsigned long)(at + 5) && sp <= (unsigned long)end;
 }
 
+/*
+ * Whether the task is going to come back, or nobody knows: what looks like a frame
+ * may be left over from an earlier call, below one that has not written there.
+ */
+static bool kw_comes_back(const struct kw_code *code, struct task_struct *task)
+{
+	struct unwind_state state;
+	const struct pt_regs *regs;
+
+	unwind_start(&state, task, NULL, NULL);
+	for (; !unwind_done(&state); unwind_next_frame(&state)) {
+		regs = unwind_get_entry_regs(&state, NULL);
+		if (regs && kw_is_inside(code, regs->ip))
+			return true;
+	}
+	return unwind_error(&state);
+}
+
 static void kw_scan_task(struct kw_scan *scan, struct task_struct *task)
 {
 	unsigned long base = (unsigned long)task_stack_page(task);
@@ -210,7 +229,7 @@ static void kw_scan_task(struct kw_scan *scan, struct task_struct *task)
 		sp = base;
 	for (at = (unsigned long *)sp; at + 5 <= end; at++)
 		if (kw_is_frame(scan->code, at, end)) {
-			scan->visitors++;
+			scan->visitors += kw_comes_back(scan->code, task);
 			return;
 		}
 }
