@@ -80,6 +80,7 @@ def test_masks_cover_registers_and_flags() -> None:
         (op("VMCALL"), ALL_REGISTERS, ALL_FLAGS),
         (op("IN_EAX_DX", "eax", "dx"), ALL_REGISTERS, "rax"),
         (op("OUT_DX_EAX", "dx", "eax"), ALL_REGISTERS, ""),
+        (Instruction.create_rep_outsb(64), ALL_REGISTERS, ""),
         (op("PUSHFQ"), f"rsp {ALL_FLAGS}", "rsp"),
         (op("POPFQ"), "rsp", f"rsp {ALL_FLAGS}"),
         (RET, "rsp", "rsp"),

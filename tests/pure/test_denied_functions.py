@@ -236,6 +236,13 @@ def ap_start(stock: Stock) -> set[int]:
     return stock.reach(roots, cut=LOADS_IDT)
 
 
+def resume(stock: Stock) -> set[int]:
+    """What restore_processor_state() calls until it has loaded an IDT, behind the gs base."""
+    (start,) = stock.file.symbols.find("restore_processor_state")
+    assert "native_load_idt" in {stock.name(one) for one in stock.calls(start)}
+    return stock.reach([start], cut=("native_load_idt",))
+
+
 def play_dead(stock: Stock) -> set[int]:
     stop = stock.denied()
     found = stock.named(lambda name: "play_dead" in name and base(name) != KICKER)
@@ -246,6 +253,7 @@ GROUPS: dict[Callable[[Stock], set[int]], set[str]] = {
     tracers: {*denied.TRACER_ENTRIES, *denied.TRACER_RETURNS},
     bpf_trampolines: {*denied.BPF_TRAMPOLINES},
     ap_start: {*denied.AP_START},
+    resume: {*denied.RESUME},
     play_dead: {*denied.PLAY_DEAD},
 }
 

@@ -53,6 +53,19 @@ AP_START = (
     "snp_register_ghcb_early", "startup_64_load_idt", "verify_cpu",
 )  # fmt: skip
 
+#: what runs when the machine wakes from suspension, before gs base and IDT are its own again
+RESUME = ("native_write_cr0", "native_write_cr3")
+
+#: what runs when an image is restored with the gs base of the kernel that read it, or is copied for
+#: that
+HIBERNATION = (
+    "core_restore_code", "create_image", "hibernation_snapshot", "restore_image",
+    "restore_registers", "swsusp_arch_suspend",
+)  # fmt: skip
+
+#: bytes that are no instructions: the prefix by which Xen emulates the next one
+NOT_CODE = ("xen_cpuid",)
+
 #: where a CPU that went offline stays: nobody waits until it has left a copy, and some come back
 PLAY_DEAD = (
     "acpi_idle_play_dead", "acpi_mp_play_dead", "acpi_processor_ffh_play_dead",
@@ -82,8 +95,11 @@ DENIED_PREFIXES = (
 )  # fmt: skip
 
 DENIED_NAMES = frozenset(
-    (*INT3_PATH, *TRACER_ENTRIES, *TRACER_RETURNS, *BPF_TRAMPOLINES, *AP_START, *PLAY_DEAD, *COPIED)
-)
+    (
+        *INT3_PATH, *TRACER_ENTRIES, *TRACER_RETURNS, *BPF_TRAMPOLINES, *AP_START, *RESUME,
+        *HIBERNATION, *NOT_CODE, *PLAY_DEAD, *COPIED,
+    )
+)  # fmt: skip
 
 
 def is_denied(name: str) -> bool:

@@ -70,7 +70,9 @@ _LEAVING = {
 }  # fmt: skip
 #: whoever is behind them may read any register: a hypervisor or firmware, a handler of the trap
 _ASKING = {
-    iced.Mnemonic.IN, iced.Mnemonic.OUT, iced.Mnemonic.UD0, iced.Mnemonic.UD1,
+    iced.Mnemonic.IN, iced.Mnemonic.INSB, iced.Mnemonic.INSW, iced.Mnemonic.INSD,
+    iced.Mnemonic.OUT, iced.Mnemonic.OUTSB, iced.Mnemonic.OUTSW, iced.Mnemonic.OUTSD,
+    iced.Mnemonic.UD0, iced.Mnemonic.UD1,
     iced.Mnemonic.VMCALL, iced.Mnemonic.VMMCALL, iced.Mnemonic.VMGEXIT, iced.Mnemonic.TDCALL,
     iced.Mnemonic.SEAMCALL,
 }  # fmt: skip
