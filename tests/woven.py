@@ -11,14 +11,18 @@ import numpy as np
 import numpy.typing as npt
 
 from clones import Clones, Native
-from kernweave.analysis.code import Code
+from kernweave.analysis.code import Code, arrange
+from kernweave.analysis.imagefile import FileText
+from kernweave.analysis.kernel import closed_parts, tables_of
+from kernweave.analysis.liveness import Liveness, solve_liveness
 from kernweave.image.sites import Sites
 from kernweave.weave.bind import translate
 from kernweave.weave.clonemap import CloneMap, make_entries, make_map
 from kernweave.weave.counters import Counters, make_counters
 from kernweave.weave.layout import Layout, lay_out
 from kernweave.weave.scope import Scope, Why, find_scope
-from kernweave.weave.source import Source
+from kernweave.weave.source import Source, make_source
+from kernweave.x86.decode import decode
 
 Select = Callable[[Source, Scope], tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8]]]
 FIRST_OFFSET = 0x1234_6000  # of the counters
@@ -75,6 +79,15 @@ def weave(source: Source, base: int, *selects: Select, scope: Scope | None = Non
     place = np.concatenate([np.zeros(0, np.uint8), *(places for _, places in found)])
     counters, number = make_counters(source, scope, insn, place)
     return Woven(source, scope, counters, insn[number < 0], lay_out(source, scope, counters), base)
+
+
+def analysed(file: FileText) -> tuple[Source, Code, Liveness]:
+    """A kernel file as what is woven from, and the analysis it came from."""
+    parts = file.parts()
+    code = arrange(parts, decode((part.start, part.code) for part in parts), file.sites)
+    liveness = solve_liveness(code, file.sites, closed_parts(code, file.sites, file.hints))
+    tables = tables_of(code, liveness, file.hints)
+    return make_source(tables, file.text, file.base, file.sites), code, liveness
 
 
 def native_of(

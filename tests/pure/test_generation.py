@@ -11,10 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kernweave.analysis.code import arrange
 from kernweave.analysis.imagefile import FileText, load_file
-from kernweave.analysis.kernel import closed_parts, tables_of
-from kernweave.analysis.liveness import solve_liveness
 from kernweave.errors import UnsupportedError
 from kernweave.image.orc import OrcReg
 from kernweave.image.tables import Layout as TableLayout
@@ -28,9 +25,8 @@ from kernweave.weave.generation import Template, Woven, make_generation, read_te
 from kernweave.weave.layout import lay_out
 from kernweave.weave.orc import orc_of
 from kernweave.weave.scope import find_scope
-from kernweave.weave.source import make_source
-from kernweave.x86.decode import decode
 from loader import Loaded, load
+from woven import analysed
 
 SERIES = ("6.1", "6.12")
 AWAY = 0x0900_0000
@@ -68,10 +64,7 @@ def made(request: pytest.FixtureRequest) -> Made:
     if tree is None:
         pytest.skip(f"kernel {request.param} was not fetched (kernweave lab up)")
     file = load_file(open_image(tree.vmlinuz))
-    parts = file.parts()
-    code = arrange(parts, decode((part.start, part.code) for part in parts), file.sites)
-    liveness = solve_liveness(code, file.sites, closed_parts(code, file.sites, file.hints))
-    source = make_source(tables_of(code, liveness, file.hints), file.text, file.base, file.sites)
+    source, _, _ = analysed(file)
     functions = source.tables.functions
     asked = np.zeros(len(functions.addr), bool)
     chosen = np.random.default_rng(SEED).choice(len(asked), SAMPLE, replace=False)

@@ -14,11 +14,9 @@ import numpy.typing as npt
 import pytest
 
 from clones import Check, Native
-from kernweave.analysis.code import Part, arrange
+from kernweave.analysis.code import Part
 from kernweave.analysis.expand import select_rows
 from kernweave.analysis.imagefile import FileText, load_file
-from kernweave.analysis.kernel import closed_parts, tables_of
-from kernweave.analysis.liveness import solve_liveness
 from kernweave.image.sites import contains
 from kernweave.image.vmlinuz import open_image
 from kernweave.lab.packages import fetched_kernel
@@ -37,10 +35,10 @@ from kernweave.weave.counters import (
 )
 from kernweave.weave.orc import orc_of
 from kernweave.weave.scope import Rules, Scope, Why, find_scope
-from kernweave.weave.source import Source, make_source
+from kernweave.weave.source import Source
 from kernweave.x86.decode import Flow, Trait, decode
 from second_decoder import boundaries, differences, explain
-from woven import Select, Woven, expected_rows, native_of, weave
+from woven import Select, Woven, analysed, expected_rows, native_of, weave
 
 U8 = npt.NDArray[np.uint8]
 SERIES = ("6.1", "6.12")
@@ -95,14 +93,11 @@ def stock(request: pytest.FixtureRequest) -> Stock:
     if tree is None:
         pytest.skip(f"kernel {request.param} was not fetched (kernweave lab up)")
     file = load_file(open_image(tree.vmlinuz))
-    parts = file.parts()
-    code = arrange(parts, decode((part.start, part.code) for part in parts), file.sites)
-    liveness = solve_liveness(code, file.sites, closed_parts(code, file.sites, file.hints))
-    tables = tables_of(code, liveness, file.hints)
+    source, code, liveness = analysed(file)
     live = liveness.before(np.arange(len(code.addr)))
     return Stock(
         file,
-        make_source(tables, file.text, file.base, file.sites),
+        source,
         native_of(code, file.text, file.base, file.sites, live),
     )
 
