@@ -18,7 +18,7 @@ from kernweave.errors import UnsupportedError
 from kernweave.image.orc import OrcReg
 from kernweave.image.tables import Tables
 from kernweave.weave.bind import Outward, emit
-from kernweave.weave.clonemap import bugs_of, exceptions_of, make_map
+from kernweave.weave.clonemap import CloneMap, bugs_of, exceptions_of, make_map
 from kernweave.weave.layout import Layout
 from kernweave.weave.object import (
     Fields,
@@ -30,7 +30,7 @@ from kernweave.weave.object import (
 )
 from kernweave.weave.orc import orc_of
 from kernweave.weave.scope import Scope
-from kernweave.weave.source import Rows, Source
+from kernweave.weave.source import Source
 
 SUFFIX = ".kw"  # of clones' names: none equals a native one, or look-ups by name would fail
 
@@ -38,7 +38,7 @@ _TEXT_ALIGN = 64  # what is safe by its place in a cache line keeps it
 _THIS_MODULE = ".gnu.linkonce.this_module"
 _MODULE_NAME_BYTES = 56
 #: what a kmod says of itself, and what of that holds for the clones
-_KEPT = (b"license=", b"vermagic=", b"retpoline=", b"intree=")
+_KEPT = (b"license=", b"vermagic=", b"retpoline=")
 
 _EXCEPTION = np.dtype([("addr", "<i4"), ("fixup", "<i4"), ("data", "<u4")])
 _BUG = np.dtype([("addr", "<i4"), ("file", "<i4"), ("line", "<u2"), ("flags", "<u2")])
@@ -117,6 +117,7 @@ def make_generation(woven: Woven, template: Template, name: str) -> bytes:
     if len(name) >= _MODULE_NAME_BYTES:
         raise ValueError(f"{name} is too long for a kmod's name")
     code, outward = emit(woven.source, woven.scope, woven.layout, woven.offsets)
+    clones = make_map(woven.source, woven.layout, 0)
     module = bytearray(template.module)
     module[template.name_at : template.name_at + _MODULE_NAME_BYTES] = name.encode().ljust(
         _MODULE_NAME_BYTES, b"\0"
@@ -126,7 +127,7 @@ def make_generation(woven: Woven, template: Template, name: str) -> bytes:
         Section(
             ".text", code.tobytes(), Flags.ALLOC | Flags.EXEC, _TEXT_ALIGN, _leads_out(outward)
         ),
-        *(one for one in (_exceptions(woven), _bugs(woven)) if one.data),
+        *(one for one in (_exceptions(woven, clones), _bugs(woven, clones)) if one.data),
         *_orc(woven),
         Section(".modinfo", info, align=1),
         *template.others,
@@ -158,9 +159,9 @@ def _column(
     return Fields(at, to, to < np.uint64(bytes_), np.zeros(len(rows), np.int64))
 
 
-def _exceptions(woven: Woven) -> Section:
+def _exceptions(woven: Woven, clones: CloneMap) -> Section:
     native, total = woven.native.exceptions, woven.layout.total
-    found = exceptions_of(woven.source, make_map(woven.source, woven.layout, 0))
+    found = exceptions_of(woven.source, clones)
     row = np.searchsorted(native.addr, woven.source.sites.exceptions[found.row])
     rows = np.zeros(len(row), _EXCEPTION)
     rows["data"] = (
@@ -173,9 +174,9 @@ def _exceptions(woven: Woven) -> Section:
     return Section("__ex_table", rows.tobytes(), align=4, fields=columns)
 
 
-def _bugs(woven: Woven) -> Section:
+def _bugs(woven: Woven, clones: CloneMap) -> Section:
     native, total = woven.native.bugs, woven.layout.total
-    found = bugs_of(woven.source, make_map(woven.source, woven.layout, 0))
+    found = bugs_of(woven.source, clones)
     if len(found.row) and woven.native.layout.bug_bytes != _BUG.itemsize:
         raise UnsupportedError(
             f"rows of {woven.native.layout.bug_bytes} bytes of the kernel's bug table are not "
@@ -210,15 +211,10 @@ def _orc(woven: Woven) -> tuple[Section, Section]:
     )
 
 
-def parts_of(woven: Woven) -> tuple[Rows, Rows, Rows]:
-    """Functions and parts that have clones: int64[p] rows, where they begin and end."""
+def _symbols(woven: Woven) -> Symbols:
+    """Functions and their parts, each up to the next one."""
     functions = woven.source.tables.functions
     rows = np.flatnonzero(woven.scope.woven & (functions.first_insn >= 0))
     start = woven.layout.start[functions.first_insn[rows]].astype(np.int64)
-    return rows, start, np.append(start[1:], woven.layout.total)
-
-
-def _symbols(woven: Woven) -> Symbols:
-    rows, start, end = parts_of(woven)
     names = [woven.names[row] + SUFFIX for row in rows.tolist()]
-    return Symbols(names, start, end - start)
+    return Symbols(names, start, np.append(start[1:], woven.layout.total) - start)
