@@ -29,6 +29,7 @@ class Reason(StrEnum):
     BUSY_KPROBE = "busy_kprobe"
     BUSY_PLAN = "busy_plan"
     EVICTED = "evicted"
+    NO_CLONE = "no_clone"
 
 
 class KernweaveError(Exception):

@@ -70,6 +70,8 @@ def python_constants() -> Numbers:
         ("KW", uapi.State),
         ("KW", uapi.Owner),
         ("KW_OP", uapi.Op),
+        ("KW", uapi.PatchedKind),
+        ("KW", uapi.Side),
     )
     for prefix, enum in enums:
         found |= {f"{prefix}_{member.name}": (int(member), 0) for member in enum}

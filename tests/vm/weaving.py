@@ -22,6 +22,7 @@ from kernweave.driver.client import Area, Chunk
 from kernweave.driver.link import Link
 from kernweave.image.tables import find_spans, read_tables
 from kernweave.lab.cache import cache_dir
+from kernweave.session.generations import Kernel
 from kernweave.session.session import Session
 from kernweave.session.target import driver_kmod
 from kernweave.weave.bind import translate
@@ -162,3 +163,20 @@ def weave_live(
         assert kmodctl(link, "load", str(file)) == "ok"
     (row_,) = [one for one in driver.kmods() if bytes(one["name"]).rstrip(b"\0") == NAME.encode()]
     return Live(session, area, chunks, woven, int(row_["text_start"]))
+
+
+def make_kernel(session: Session, series: str, source: Source) -> Kernel:
+    """What generations of a lab's kernel are made with."""
+    tables = read_tables(
+        session.read, find_spans(session.driver.lookup, live=True), (0, (1 << 64) - 1)
+    )
+    template = read_template(driver_kmod(series, print).read_bytes())
+    return Kernel(session.driver, session._link, template, tables, session.view.images[0])
+
+
+def pick(source: Source, number: int, seed: int) -> Mask:
+    """bool[f]: some functions, drawn by chance."""
+    asked = np.zeros(len(source.tables.functions.addr), bool)
+    number = min(number, len(asked))
+    asked[np.random.default_rng(seed).choice(len(asked), number, replace=False)] = True
+    return asked

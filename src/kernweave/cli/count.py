@@ -21,7 +21,7 @@ from kernweave.cli.output import (
 )
 from kernweave.errors import UsageError
 from kernweave.model.plan import Tactic
-from kernweave.session.attachment import Attachment, Count
+from kernweave.session.counts import Count, Counts
 from kernweave.session.session import Completed, Session
 
 END_SCHEMA = "kernweave.end/1"
@@ -47,12 +47,6 @@ class _CountCommand(click.Command):
         return super().make_context(info_name, args, parent, **extra)
 
 
-def _engine(ctx: click.Context, param: click.Parameter, value: str) -> str:
-    if value == "weave":
-        raise click.UsageError("--engine weave is not there yet")
-    return value
-
-
 @click.command(cls=_CountCommand)
 @click.argument("points", nargs=-1, required=True, metavar="POINT...")
 @click.option("--for", "seconds", type=float, metavar="SECONDS", help="Count for so long.")
@@ -63,8 +57,7 @@ def _engine(ctx: click.Context, param: click.Parameter, value: str) -> str:
     "--engine",
     type=click.Choice(["auto", "splice", "weave"]),
     default="auto",
-    callback=_engine,
-    help="How to instrument.",
+    help="splice: at the points themselves; weave: in clones of their functions; auto: splice.",
 )
 @click.option("--all", "every", is_flag=True, help="Print every row, not the first 30.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
@@ -107,10 +100,12 @@ def count(
     if file is not None:
         check_path(file)
     tactics = _tactics(tactic, no_trap)
+    if engine == "weave" and tactic is not None:
+        raise UsageError(f"--engine weave and --tactic {tactic} contradict each other")
     with connect(obj["target"], progress=progress) as session:
         done = None
         try:
-            hits = session.count(*points, partial=partial, tactics=tactics)
+            hits = session.count(*points, partial=partial, tactics=tactics, engine=engine)
         except KeyboardInterrupt:  # once something is placed, an interrupt is the normal end
             if not session.attachments:
                 raise
@@ -142,7 +137,7 @@ def _tactics(names: str | None, no_trap: bool) -> list[str] | None:
     return chosen or [tactic for tactic in Tactic if tactic is not Tactic.INT3]
 
 
-def _warn_traps(hits: Attachment) -> None:
+def _warn_traps(hits: Counts) -> None:
     """A slow tactic is never silent."""
     traps = hits.tactics().get(Tactic.INT3, 0)
     if traps:
@@ -152,7 +147,7 @@ def _warn_traps(hits: Attachment) -> None:
         )
 
 
-def _status(done: Completed | None, hits: Attachment) -> int:
+def _status(done: Completed | None, hits: Counts) -> int:
     if hits.unrestored:
         return 125 if done else 1
     return done.exit if done else 0
@@ -165,7 +160,7 @@ def _wait(session: Session, command: list[str] | None, seconds: float | None) ->
     return None
 
 
-def end_row(session: Session, hits: Attachment, done: Completed | None) -> dict[str, Any]:
+def end_row(session: Session, hits: Counts, done: Completed | None) -> dict[str, Any]:
     """The object of kernweave.end/1."""
     command = None
     if done is not None:
@@ -192,14 +187,14 @@ def end_row(session: Session, hits: Attachment, done: Completed | None) -> dict[
     }
 
 
-def _print_json(session: Session, hits: Attachment, done: Completed | None, every: bool) -> None:
+def _print_json(session: Session, hits: Counts, done: Completed | None, every: bool) -> None:
     for row in hits.rows():
         print_json(row)
     print_json(end_row(session, hits, done))
     sys.stdout.flush()
 
 
-def _print_human(session: Session, hits: Attachment, done: Completed | None, every: bool) -> None:
+def _print_human(session: Session, hits: Counts, done: Completed | None, every: bool) -> None:
     rows = sorted(hits.rows(), key=lambda row: -row.hits)
     shown = rows if every else rows[:_SHOWN_ROWS]
     cells = [(_hits(row), row.point, row.tactic) for row in shown]
@@ -214,7 +209,7 @@ def _hits(row: Count) -> str:
     return f"{row.hits:,}" if row.exact else f">={row.hits:,}"
 
 
-def _print_refused(hits: Attachment) -> None:
+def _print_refused(hits: Counts) -> None:
     reasons = Counter(one.reason.value for one in hits.refused)
     for reason, number in reasons.most_common():
         examples = [one for one in hits.refused if one.reason == reason]
@@ -224,7 +219,7 @@ def _print_refused(hits: Attachment) -> None:
         print(f"    {names}{more}")
 
 
-def _summary(hits: Attachment) -> str:
+def _summary(hits: Counts) -> str:
     used = ", ".join(f"{tactic} {number:,}" for tactic, number in hits.tactics().items())
     text = "text restored" if hits.text_restored else "TEXT NOT RESTORED"
     evicted = f", {hits.evicted} given back" if hits.evicted else ""

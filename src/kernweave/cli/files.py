@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from kernweave.errors import KernweaveError, UsageError
-from kernweave.session.attachment import Attachment
+from kernweave.session.counts import Counts
 from kernweave.session.query import find_duckdb
 
 
@@ -32,7 +32,7 @@ def check_path(path: Path) -> Path:
     return path
 
 
-def write_rows(path: Path, hits: Attachment, end: dict[str, Any]) -> None:
+def write_rows(path: Path, hits: Counts, end: dict[str, Any]) -> None:
     """Write every row, aside and then renamed; only .jsonl has room for the end row."""
     aside = path.with_name(f".{path.name}.part")
     try:
@@ -43,12 +43,12 @@ def write_rows(path: Path, hits: Attachment, end: dict[str, Any]) -> None:
         raise KernweaveError(f"cannot write {path}: {error.strerror}") from error
 
 
-def _write_jsonl(path: Path, hits: Attachment, end: dict[str, Any]) -> None:
+def _write_jsonl(path: Path, hits: Counts, end: dict[str, Any]) -> None:
     rows: Sequence[Any] = [*hits.rows(), end]
     path.write_bytes(b"".join(msgspec.json.encode(row) + b"\n" for row in rows))
 
 
-def _write_csv(path: Path, hits: Attachment, end: dict[str, Any]) -> None:
+def _write_csv(path: Path, hits: Counts, end: dict[str, Any]) -> None:
     rows = [asdict(row) for row in hits.rows()]
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
@@ -56,7 +56,7 @@ def _write_csv(path: Path, hits: Attachment, end: dict[str, Any]) -> None:
         writer.writerows(rows)
 
 
-def _write_parquet(path: Path, hits: Attachment, end: dict[str, Any]) -> None:
+def _write_parquet(path: Path, hits: Counts, end: dict[str, Any]) -> None:
     duckdb = find_duckdb("writing .parquet")
     columns = hits.columns()
     with duckdb.connect() as db:
@@ -84,7 +84,7 @@ def copy_rows(path: Path, database: Any, sql: str) -> str:
 
 
 _COPIES = {".jsonl": "FORMAT json", ".csv": "FORMAT csv, HEADER", ".parquet": "FORMAT parquet"}
-_WRITERS: dict[str, Callable[[Path, Attachment, dict[str, Any]], None]] = {
+_WRITERS: dict[str, Callable[[Path, Counts, dict[str, Any]], None]] = {
     ".jsonl": _write_jsonl,
     ".csv": _write_csv,
     ".parquet": _write_parquet,

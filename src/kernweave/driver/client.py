@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kernweave.driver import uapi
-from kernweave.driver.uapi import Fact, Op
+from kernweave.driver.uapi import Fact, Op, Side
 from kernweave.errors import DriverError, UnsupportedError
 
 _BUG_ENTRY = 3  # its place in the sizes of table rows
@@ -33,6 +33,7 @@ class Facts:
         text_end: run-time address of `_etext`, exclusive.
         yield_addr: function to call before ftrace changes text.
         kprobe_yield_addr: the same before a kprobe is put at its argument.
+        text_yield_addr: the same before text is patched: with an address, bytes and their number.
         native_addr: function that gives the native address for that of a copy.
         pinned: sites of earlier sessions that wait for somebody else to leave.
         flags: what the brain must respect.
@@ -46,6 +47,7 @@ class Facts:
     text_end: int
     yield_addr: int
     kprobe_yield_addr: int
+    text_yield_addr: int
     native_addr: int
     pinned: int
     flags: Fact
@@ -80,6 +82,46 @@ class Undone:
     evicted: int
     stuck: int
     stuck_addrs: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What the driver has to know of clones in a loaded kmod.
+
+    Attributes:
+        kmod: its name.
+        entries: `uapi.ENTRY` rows, ascending by site.
+        parts: `uapi.PART` rows: native text of functions and their parts, ascending.
+        mirrors: `uapi.MIRROR` rows, ascending by native address.
+        native_base: run-time address that the native columns of places count from.
+        returns: `uapi.PLACE` rows: where calls return to, ascending by both columns.
+        insns: the same: where instructions begin.
+    """
+
+    kmod: str
+    entries: Rows
+    parts: Rows
+    mirrors: Rows
+    native_base: int
+    returns: Rows
+    insns: Rows
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """What a move of tasks did.
+
+    Attributes:
+        places: return addresses and others that were changed.
+        visitors: tasks that are in clones still.
+        pid: of one of them.
+        stop_ns: nanoseconds the machine was stopped.
+    """
+
+    places: int
+    visitors: int
+    pid: int
+    stop_ns: int
 
 
 class CommitError(DriverError):
@@ -136,6 +178,7 @@ class Driver:
             text_end=int(row["text_end"]),
             yield_addr=int(row["yield"]),
             kprobe_yield_addr=int(row["kprobe_yield"]),
+            text_yield_addr=int(row["text_yield"]),
             native_addr=int(row["native"]),
             pinned=int(row["pinned"]),
             flags=Fact(int(row["flags"])),
@@ -226,7 +269,7 @@ class Driver:
         return np.frombuffer(self._call(Op.RETURNS), "<u8")
 
     def area(self, size: int) -> Area:
-        """Allocate executable memory, writable until `seal`."""
+        """Allocate executable memory, writable until `seal`; of no bytes: see `weave`."""
         row = np.frombuffer(self._call(Op.AREA, _rows(uapi.SIZE, value=size)), uapi.AREA)[0]
         return Area(int(row["id"]), int(row["addr"]), int(row["size"]))
 
@@ -302,6 +345,42 @@ class Driver:
         """
         head = _rows(uapi.SLICE, area=area.id, len=len(rows))
         self._call(Op.COPIES, head + rows.tobytes())
+
+    def weave(self, area: Area, generation: Generation) -> None:
+        """Make clones in a loaded kmod the code of an area of no bytes.
+
+        From here on what the kernel patches natively is patched in the clones before.
+
+        Raises:
+            DriverError: ENOENT without such a kmod, EINVAL for rows that do not fit it.
+        """
+        parts = generation.entries, generation.parts, generation.mirrors
+        places = generation.returns, generation.insns
+        names = "entries", "parts", "mirrors", "returns", "insns"
+        head = _rows(
+            uapi.WEAVE,
+            area=area.id,
+            native_base=generation.native_base,
+            kmod=generation.kmod.encode(),
+            **{name: len(rows) for name, rows in zip(names, (*parts, *places), strict=True)},
+        )
+        self._call(Op.WEAVE, head + b"".join(rows.tobytes() for rows in (*parts, *places)))
+
+    def move(self, area: Area, side: Side) -> Moved:
+        """Move tasks that sleep between clones and native code; stops the machine.
+
+        Args:
+            area: with clones.
+            side: where they are to be; `Side.NATIVE` when nothing leads to the clones any more.
+        """
+        body = self._call(Op.MOVE, _rows(uapi.SLICE, area=area.id, off=side))
+        row = np.frombuffer(body, uapi.MOVED)[0]
+        return Moved(*(int(row[name]) for name in ("places", "visitors", "pid", "stop_ns")))
+
+    def closed(self, area: Area) -> npt.NDArray[np.bool_]:
+        """bool[entries]: functions given back, as somebody changed their text."""
+        body = self._call(Op.CLOSED, _rows(uapi.SLICE, area=area.id))
+        return np.frombuffer(body, np.bool_)
 
     def forget(self, txn: int) -> None:
         """Drop an undone transaction."""

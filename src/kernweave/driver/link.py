@@ -123,6 +123,27 @@ class Link:
             raise DriverError(f"cannot read {path} of the target: {os.strerror(error)}", error)
         return bytes(contents)
 
+    def load_kmod(self, file: bytes, timeout: float | None = 60.0) -> None:
+        """Load a kmod, given its file.
+
+        Raises:
+            DriverError: the kernel refuses; `errno` says why, its log more.
+        """
+        error, _ = split_status(self._ask(Type.LOAD, file, Type.DONE, timeout))
+        if error:
+            raise DriverError(f"the kernel refuses a kmod: {os.strerror(error)}", error)
+
+    def unload_kmod(self, name: str, timeout: float | None = 60.0) -> None:
+        """Unload a kmod.
+
+        Raises:
+            DriverError: ENOENT, if there is none of that name; EAGAIN, if it is in use.
+        """
+        payload = self._ask(Type.UNLOAD, name.encode() + b"\0", Type.DONE, timeout)
+        error, _ = split_status(payload)
+        if error:
+            raise DriverError(f"kmod {name} cannot be unloaded: {os.strerror(error)}", error)
+
     def identify(self) -> tuple[int, str]:
         """Return (pid of the agent, release of the kernel)."""
         payload = self._ask(Type.GETPID, b"", Type.PID, self._timeout)

@@ -25,6 +25,7 @@ LOCKDOWN = "/sys/kernel/security/lockdown"
 _IOWR = 3 << 30
 _CALL = _IOWR | uapi.CALL.itemsize << 16 | ord("K") << 8 | 0x57
 _CHUNK = 1 << 16
+_INIT_MODULE, _DELETE_MODULE = 175, 176  # of x86-64; the C library has no such functions
 _LINGER_S = 0.2  # a grandchild may hold the pipes of a command that has ended
 
 
@@ -70,6 +71,23 @@ class LocalLink:
         except OSError as error:
             raise DriverError(f"{DEVICE}: {error.strerror}", error.errno or 0) from error
         return memoryview(bytes(memoryview(self._reply)[: fields[4]]))
+
+    def load_kmod(self, file: bytes) -> None:
+        """Load a kmod, given its file.
+
+        Raises:
+            DriverError: the kernel refuses; `errno` says why, its log more.
+        """
+        _call_kernel("the kernel refuses a kmod", _INIT_MODULE, file, len(file), b"")
+
+    def unload_kmod(self, name: str) -> None:
+        """Unload a kmod.
+
+        Raises:
+            DriverError: ENOENT, if there is none of that name; EAGAIN, if it is in use.
+        """
+        what = f"kmod {name} cannot be unloaded"
+        _call_kernel(what, _DELETE_MODULE, name.encode(), os.O_NONBLOCK)
 
     def exec_start(
         self,
@@ -134,6 +152,12 @@ def _is_done(fd: int, fields: ctypes.Array[ctypes.c_uint64]) -> bool:
     except InterruptedError:
         return False
     return True
+
+
+def _call_kernel(what: str, number: int, *args: object) -> None:
+    if ctypes.CDLL(None, use_errno=True).syscall(number, *args):
+        error = ctypes.get_errno()
+        raise DriverError(f"{what}: {os.strerror(error)}", error)
 
 
 def _open_device() -> int:

@@ -42,6 +42,9 @@ class Type(IntEnum):
     PID = 12
     ERROR = 13
     RESIZE = 14
+    LOAD = 15
+    UNLOAD = 16
+    DONE = 17
 
 
 def magic(kind: int) -> bytes:

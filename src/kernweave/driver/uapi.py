@@ -7,7 +7,7 @@ from enum import IntEnum, IntFlag
 
 import numpy as np
 
-VERSION = 4
+VERSION = 5
 MAGIC = 0x5245574B
 
 MAX_REQUEST = 64 << 20
@@ -46,6 +46,9 @@ class Op(IntEnum):
     DISARM = 21
     COPIES = 22
     RETURNS = 23
+    WEAVE = 24
+    MOVE = 25
+    CLOSED = 26
 
 
 class State(IntEnum):
@@ -68,6 +71,20 @@ class PokeFlag(IntFlag):
     KEEP = 4
 
 
+class PatchedKind(IntEnum):
+    """What a `kw_mirror` row is of: `enum kw_patched_kind`."""
+
+    JUMP_LABEL = 0
+    STATIC_CALL = 1
+
+
+class Side(IntEnum):
+    """Where tasks are to be: `enum kw_side`."""
+
+    NATIVE = 0
+    CLONE = 1
+
+
 class Owner(IntEnum):
     """Whose change a `kw_patched` row is: `enum kw_owner`."""
 
@@ -82,6 +99,7 @@ class Fact(IntFlag):
     LOCKS_LIVE = 1
     FTRACE_YIELD = 2
     CALL_DEPTH = 4
+    LINE = 8
 
 
 WRITER = 1
@@ -107,6 +125,7 @@ FACTS = np.dtype(
         ("text_end", "<u8"),
         ("yield", "<u8"),
         ("kprobe_yield", "<u8"),
+        ("text_yield", "<u8"),
         ("native", "<u8"),
         ("pinned", "<u8"),
         ("flags", "<u4"),
@@ -140,6 +159,26 @@ AREA = np.dtype([("id", "<u8"), ("addr", "<u8"), ("size", "<u8")])
 SLICE = np.dtype([("area", "<u8"), ("off", "<u8"), ("len", "<u8")])
 CHUNK = np.dtype([("index", "<u8"), ("offset", "<u8")])
 COPY = np.dtype([("addr", "<u8"), ("native", "<u8")])
+WEAVE = np.dtype(
+    [
+        ("area", "<u8"),
+        ("native_base", "<u8"),
+        ("entries", "<u4"),
+        ("parts", "<u4"),
+        ("mirrors", "<u4"),
+        ("returns", "<u4"),
+        ("insns", "<u4"),
+        ("pad", "<u4"),
+        ("kmod", "S56"),
+    ]
+)
+ENTRY = np.dtype([("site", "<u8"), ("clone", "<u8"), ("slot", "<u8"), ("body", "<u8")])
+PART = np.dtype([("start", "<u8"), ("end", "<u8"), ("entry", "<u8")])
+MIRROR = np.dtype(
+    [("native", "<u8"), ("clone", "<u8"), ("target", "<u8"), ("len", "<u4"), ("kind", "<u4")]
+)
+PLACE = np.dtype([("clone", "<u4"), ("native", "<u4")])
+MOVED = np.dtype([("places", "<u8"), ("visitors", "<u8"), ("pid", "<u8"), ("stop_ns", "<u8")])
 COMMIT = np.dtype([("area", "<u8"), ("count", "<u8")])
 POKE = np.dtype(
     [
@@ -168,6 +207,12 @@ STRUCTS: dict[str, np.dtype[np.void]] = {
     "kw_slice": SLICE,
     "kw_chunk": CHUNK,
     "kw_copy": COPY,
+    "kw_weave": WEAVE,
+    "kw_entry": ENTRY,
+    "kw_part": PART,
+    "kw_mirror": MIRROR,
+    "kw_place": PLACE,
+    "kw_moved": MOVED,
     "kw_commit": COMMIT,
     "kw_poke": POKE,
     "kw_trap": TRAP,

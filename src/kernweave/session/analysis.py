@@ -36,6 +36,7 @@ from kernweave.image.sites import contains
 from kernweave.image.symbols import Symbols
 from kernweave.model.table import select
 from kernweave.session.view import KernelView
+from kernweave.weave.source import Source, make_source
 from kernweave.x86.decode import Flow
 
 U32 = npt.NDArray[np.uint32]
@@ -139,6 +140,14 @@ class Analysis:
         if self._folder:
             save(self._folder, found)
         return KernelImage(found.tables, np.zeros(len(parts), bool), False)
+
+    def source(self) -> Source:
+        """The kernel's own text as it is now, to weave from."""
+        text, base = self._text()
+        image = self.kernel
+        if image.changed.any():
+            image = self._analyse(text, base)
+        return make_source(image.tables, text, base, self._view.sites)
 
     @cached_property
     def btf(self) -> Btf | None:

@@ -291,7 +291,22 @@ def rules_for(flags: Fact, tactics: Sequence[Tactic]) -> Rules:
     )
 
 
-def check_refusals(decision: Decision, partial: bool) -> None:
+class Verdict(Protocol):
+    """What is going to be placed, however that is done."""
+
+    @property
+    def resolved(self) -> Resolved:
+        """What was asked for."""
+
+    @property
+    def placed(self) -> npt.NDArray[np.bool_]:
+        """bool[m]: which points can be placed."""
+
+    def all_refused(self) -> list[Refused]:
+        """Everything that cannot be placed; points that do not exist first."""
+
+
+def check_refusals(decision: Verdict, partial: bool) -> None:
     """Explicitly named points are all or nothing unless `partial`; nothing at all is an error.
 
     Raises:

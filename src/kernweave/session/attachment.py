@@ -1,13 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Counters that are in the kernel: read them, take them out, tell what they counted."""
+"""Counters that are spliced into the kernel: read them, take them out."""
 
 from __future__ import annotations
 
 import errno
-import time
-from collections import Counter as Tally
 from dataclasses import dataclass
-from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -16,28 +13,9 @@ from kernweave.driver.client import Area, Chunk, Driver
 from kernweave.driver.uapi import Owner, State
 from kernweave.errors import DriverError
 from kernweave.model.plan import Plan, Point, Refused
+from kernweave.session.counts import Counts
 
-COUNT_SCHEMA = "kernweave.count/1"
 _INT3 = 0xCC
-
-
-@dataclass(frozen=True, slots=True)
-class Count:
-    """One placed point and its hits: the fields of kernweave.count/1."""
-
-    schema: str
-    point: str
-    kmod: str | None
-    function: str
-    offset: int
-    addr: str
-    to_addr: str | None
-    kind: str
-    hits: int
-    missed: int
-    exact: bool
-    engine: str
-    tactic: str
 
 
 @dataclass(frozen=True)
@@ -65,34 +43,20 @@ class Placed:
     refused: tuple[Refused, ...] = ()
 
 
-class Attachment:
-    """Counters of one `Session.count`; leaving its with block takes them out."""
+class Attachment(Counts):
+    """Counters of one `Session.count` that are spliced in."""
+
+    engine = "splice"
 
     def __init__(self, driver: Driver, placed: Placed, refused: tuple[Refused, ...]) -> None:
         """Take over what was committed; made by `Session.count`."""
+        super().__init__(placed.points, (*refused, *placed.refused))
         self._driver = driver
         self._inside = placed
-        self.refused = (*refused, *placed.refused)
-        self._began_ns = time.monotonic_ns()
-        self._duration_ns: int | None = None
         self._hits: npt.NDArray[np.uint64] | None = None
         self._evicted = np.zeros(len(placed.plan.addr), bool)
         self._missed = np.zeros(len(placed.plan.addr), np.uint64)
         self._disarmed = np.zeros(len(placed.plan.addr), bool)
-        self.unrestored: tuple[int, ...] = ()
-        self.text_restored = False
-        self.in_flight = 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.detach()
-
-    @property
-    def placed(self) -> tuple[Point, ...]:
-        """Points that are counted, in the order asked for."""
-        return self._inside.points
 
     @property
     def plan(self) -> Plan:
@@ -110,21 +74,14 @@ class Attachment:
         return self._hits is None
 
     @property
-    def duration_ns(self) -> int:
-        """Nanoseconds from the end of commit to the start of detach, or until now."""
-        if self._duration_ns is not None:
-            return self._duration_ns
-        return time.monotonic_ns() - self._began_ns
-
-    @property
     def evicted(self) -> int:
         """Sites given back to ftrace while they were counted."""
         return int(self._evicted.sum())
 
-    def tactics(self) -> dict[str, int]:
-        """Number of points per tactic, the most frequent first."""
-        used = Tally(self.plan.tactic[row].value for row in self._inside.site)
-        return dict(used.most_common())
+    @property
+    def tactic_of(self) -> list[str]:
+        """The tactic of each placed point."""
+        return [self.plan.tactic[row].value for row in self._inside.site]
 
     def detach(self) -> None:
         """Restore the text, wait until nobody is in a trampoline, read the final counts.
@@ -242,49 +199,3 @@ class Attachment:
         found = np.zeros(len(plan.pokes.addr) + 1, bool)  # traps have row -1
         found[np.searchsorted(plan.pokes.addr, plan.copies.native, side="right") - 1] = True
         return found[plan.poke]
-
-    def rows(self) -> list[Count]:
-        """One `Count` per placed point, in the order asked for."""
-        site, plan = self._inside.site, self.plan
-        return [
-            Count(
-                schema=COUNT_SCHEMA,
-                point=point.text,
-                kmod=point.kmod,
-                function=point.function,
-                offset=point.offset,
-                addr=f"{point.addr:#x}",
-                to_addr=None,
-                kind=point.kind.value,
-                hits=hits,
-                missed=missed,
-                exact=exact,
-                engine="splice",
-                tactic=plan.tactic[row].value,
-            )
-            for point, row, hits, missed, exact in zip(
-                self.placed,
-                site.tolist(),
-                self.hits().tolist(),
-                self.missed().tolist(),
-                self.exact().tolist(),
-                strict=True,
-            )
-        ]
-
-    def columns(self) -> dict[str, npt.NDArray[Any]]:
-        """The same as one numpy array per field; strings are objects."""
-        rows = self.rows()
-        numbers = {"offset": np.int64, "hits": np.uint64, "missed": np.uint64, "exact": np.bool_}
-        return {
-            name: np.array([getattr(row, name) for row in rows], numbers.get(name, object))
-            for name in Count.__slots__
-            if name != "schema"
-        }
-
-    def _repr_html_(self) -> str:
-        body = "".join(
-            f"<tr><td>{row.hits:,}</td><td>{row.point}</td><td>{row.tactic}</td></tr>"
-            for row in sorted(self.rows(), key=lambda row: -row.hits)[:30]
-        )
-        return f"<table><tr><th>hits</th><th>point</th><th>tactic</th></tr>{body}</table>"

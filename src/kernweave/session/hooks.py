@@ -11,6 +11,7 @@ import numpy as np
 from kernweave.analysis.code import Code, Part, build_code
 from kernweave.driver.client import Driver
 from kernweave.driver.uapi import Fact
+from kernweave.errors import UnsupportedError
 from kernweave.session.attach import Choice, Known, make_pokes
 from kernweave.session.view import KernelView
 from kernweave.splice.hook import (
@@ -25,6 +26,11 @@ from kernweave.splice.hook import (
 _FTRACE_UPDATE = "ftrace_replace_code"
 #: it asks for the text at a kprobe's address before anything else
 _KPROBE_CHECK = ("arch_prepare_kprobe", "alternatives_text_reserved")
+#: through which all text is patched that may be executed meanwhile: pairs of newer kernels first
+_PATCHERS = (
+    ("smp_text_poke_batch_add", "smp_text_poke_single"),
+    ("text_poke_queue", "text_poke_bp"),
+)
 #: where the address of what faulted or trapped is looked up, or printed, and the register it is in
 SEARCHES = {"search_exception_tables": "rdi", "find_bug": "rdi", "__warn": "rdx"}
 
@@ -38,6 +44,7 @@ class Hooks:
         self._ftrace = False
         self._kprobes = False
         self._searches = False
+        self._patches = False
         self._spliced: list[tuple[int, int]] = []  # start and end of what was changed
 
     def prepare(self, choice: Choice) -> bool:
@@ -84,6 +91,29 @@ class Hooks:
         if code and row >= 0:
             self._splice([Hook(code, row, row + 1, self._driver.facts.kprobe_yield_addr)])
 
+    def mirror(self) -> None:
+        """Before anything is woven: get told what is patched, to patch clones as well.
+
+        Raises:
+            UnsupportedError: there is no room for a jump where the kernel patches text.
+        """
+        if self._patches:
+            return
+        hooks = self._patch_hooks()
+        if not hooks:
+            raise UnsupportedError("the functions that patch this kernel's text cannot be spliced")
+        self._splice(sorted(hooks, key=lambda hook: hook.addr))
+        self._patches = True
+
+    def _patch_hooks(self) -> list[Hook]:
+        """One hook in each function of the first pair that this kernel has; all or none."""
+        for names in _PATCHERS:
+            found = [self._entry_hook(name, self._driver.facts.text_yield_addr) for name in names]
+            hooks = [hook for hook in found if hook]
+            if len(hooks) == len(names):
+                return hooks
+        return []
+
     def can_translate(self) -> bool:
         """Whether instructions may be displaced that the kernel looks up by their address."""
         return self._searches or len(self._search_hooks()) == len(SEARCHES)
@@ -102,16 +132,20 @@ class Hooks:
 
     def _search_hooks(self) -> list[Hook]:
         """One hook per search, as far as there is room where the argument is untouched."""
-        found = []
-        for name, register in SEARCHES.items():
-            code = self._code(name)
-            if code is None:
-                continue
-            code = replace(code, landing=code.landing | self._known.landing(code))
-            window = entry_window(code, self._view.sites)
-            if window:
-                found.append(Hook(code, *window, self._driver.facts.native_addr, register))
-        return found
+        found = [
+            self._entry_hook(name, self._driver.facts.native_addr, register)
+            for name, register in SEARCHES.items()
+        ]
+        return [hook for hook in found if hook]
+
+    def _entry_hook(self, name: str, target: int, translates: str | None = None) -> Hook | None:
+        """A hook where a function has done nothing yet; None if there is no room."""
+        code = self._code(name)
+        if code is None:
+            return None
+        code = replace(code, landing=code.landing | self._known.landing(code))
+        window = entry_window(code, self._view.sites)
+        return Hook(code, *window, target, translates) if window else None
 
     def _ftrace_site(self) -> tuple[Code, int] | None:
         if not self._driver.facts.flags & Fact.FTRACE_YIELD:

@@ -14,6 +14,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Self
 
 from kernweave.driver.client import BusyError, Driver
@@ -21,7 +22,7 @@ from kernweave.driver.records import ExitStatus
 from kernweave.errors import DriverError, KernweaveError, UsageError
 from kernweave.lab.cache import cache_dir
 from kernweave.model.plan import Tactic
-from kernweave.model.point import parse_point
+from kernweave.model.point import PointSpec, parse_point
 from kernweave.session.analysis import Analysis
 from kernweave.session.attach import (
     Amend,
@@ -36,6 +37,7 @@ from kernweave.session.attach import (
     rules_for,
 )
 from kernweave.session.attachment import Attachment
+from kernweave.session.counts import Counts
 from kernweave.session.hooks import Hooks
 from kernweave.session.listing import InsnInfo, Listing
 from kernweave.session.query import open_database
@@ -48,8 +50,9 @@ from kernweave.session.survey import (
     prototype_of,
 )
 from kernweave.session.tables import FunctionTable, Kernel, Table
-from kernweave.session.target import AnyLink, open_link
+from kernweave.session.target import AnyLink, driver_file, open_link
 from kernweave.session.view import KernelView
+from kernweave.session.woven import Weaver, WovenCounts
 
 Sink = Callable[[bytes], None]
 
@@ -100,7 +103,8 @@ class Session:
         """Connect; see `kernweave.connect`."""
         self.target = f"{target}:6.1" if target == "lab" else target
         self._link = open_link(target, progress)
-        self._attachments: list[Attachment] = []
+        self._attachments: list[Counts] = []
+        self._progress = progress
         self._fresh = True
         self._tables: Kernel | None = None
         try:
@@ -136,7 +140,7 @@ class Session:
         return self._driver.facts.release
 
     @property
-    def attachments(self) -> tuple[Attachment, ...]:
+    def attachments(self) -> tuple[Counts, ...]:
         """What this session has put in, in that order; an interrupted `count` may be among it."""
         return tuple(self._attachments)
 
@@ -271,9 +275,7 @@ class Session:
         return open_database(self.tables)
 
     def _decide(self, points: Sequence[str], tactics: Sequence[str] | None) -> Decision:
-        specs = [parse_point(point) for point in points]
-        if not specs:
-            raise UsageError("no point given", help="name a function, for instance vfs_read")
+        specs = self._parse(points)
         for _ in range(_TRIES):
             self._view.refresh()
             rules = rules_for(self._driver.facts.flags, self._tactics(tactics))
@@ -290,15 +292,18 @@ class Session:
         *points: str,
         partial: bool = False,
         tactics: Sequence[str] | None = None,
+        engine: str = "auto",
         clobber: Clobber | None = None,
         amend: Amend | None = None,
-    ) -> Attachment:
+    ) -> Counts:
         """Put a counter at each point; leaving the attachment takes them out.
 
         Args:
             points: as in the point grammar.
             partial: place what can be placed even of explicitly named points.
             tactics: allowed tactics, in order; None: all.
+            engine: `weave`: count in clones of the functions; `splice`: at their own instructions;
+                `auto`: the latter.
             clobber: says which registers and flags to overwrite before each counter, given its
                 address and the mask of what is dead there; a check of the analysis.
             amend: changes the plan before it is committed; for tests that seed faults.
@@ -313,6 +318,8 @@ class Session:
             ...     k.run(["true"])
             >>> hits.rows()  # doctest: +SKIP
         """
+        if engine == "weave":
+            return self._count_woven(points, partial)
         choice = self._choose(points, partial, tactics)
         if clobber:
             choice = clobbering(choice, clobber)
@@ -321,6 +328,35 @@ class Session:
             attachment = Attachment(self._driver, placed, choice.refused)
             self._attachments.append(attachment)
         return attachment
+
+    def _count_woven(self, points: Sequence[str], partial: bool) -> Counts:
+        specs = self._parse(points)
+        self._view.refresh()
+        self._weaver.prepare()
+        for _ in range(_TRIES):
+            self._view.refresh()
+            found = self._weaver.find(Resolver(self._view).resolve(specs))
+            if not self._view.is_current():
+                continue
+            check_refusals(found, partial)
+            with _undivided():
+                live = self._weaver.enter(found)
+                if live:
+                    self._attachments.append(WovenCounts(self._driver, found, live))
+                    return self._attachments[-1]
+        raise DriverError("this kernel's text changes too fast to weave it", errno.EBUSY)
+
+    @cached_property
+    def _weaver(self) -> Weaver:
+        seen = self._view, self._analysis, self._hooks
+        return Weaver(
+            self._driver, self._link, seen, lambda: driver_file(self.target, self._progress)
+        )
+
+    def _parse(self, points: Sequence[str]) -> list[PointSpec]:
+        if not points:
+            raise UsageError("no point given", help="name a function, for instance vfs_read")
+        return [parse_point(point) for point in points]
 
     def _choose(
         self, points: Sequence[str], partial: bool, tactics: Sequence[str] | None

@@ -65,11 +65,31 @@ def boot_lab(name: str, progress: Progress, kernel: str | None = None) -> Lab:
     return lab
 
 
+def driver_file(target: str, progress: Progress) -> bytes:
+    """The file of the driver that runs on a target: what kmods of its kernel look like.
+
+    Raises:
+        UnsupportedError: only labs tell.
+    """
+    if target == "local":
+        raise UnsupportedError(
+            "weaving this machine's own kernel is not there yet",
+            help="use a lab: kernweave --target lab ...",
+        )
+    return driver_kmod(Lab(lab_name(target)).series, progress).read_bytes()
+
+
 class AnyLink(Protocol):
     """What a session needs of a target: one driver, one command at a time."""
 
     def call(self, request: bytes) -> memoryview:
         """Exchange one request with the driver."""
+
+    def load_kmod(self, file: bytes) -> None:
+        """Load a kmod."""
+
+    def unload_kmod(self, name: str) -> None:
+        """Unload a kmod."""
 
     def exec_start(
         self,

@@ -26,6 +26,7 @@ from kernweave.image.symbols import (
 
 Addrs = npt.NDArray[np.uint64]
 
+GENERATION = b"kernweave_"  # and a number: a kmod that holds clones
 NOP5 = bytes((0x0F, 0x1F, 0x44, 0x00, 0x00))
 _PAGE = 4096
 _STT_FUNC = 2
@@ -132,6 +133,7 @@ class KernelView:
         driver = self.driver
         self._seen.clear()
         kmods = driver.kmods()
+        kmods = kmods[[not is_generation(name) for name in kmods["name"].tolist()]]
         self._learn_kmods(kmods)
         self._images = [self._kernel, *(self._kmods[row.tobytes()] for row in kmods)]
         images = [self._table_spans, *(_kmod_spans(row) for row in kmods)]
@@ -208,6 +210,11 @@ class KernelView:
             for row in np.flatnonzero(hit).tolist():
                 parts[row] = _overlay(parts[row], int(starts[row]), addr, original)
         return parts
+
+
+def is_generation(kmod: bytes) -> bool:
+    """Whether a kmod of that name holds clones: they are no code to be looked at."""
+    return kmod.startswith(GENERATION) and kmod[len(GENERATION) :].isdigit()
 
 
 def _kmod_symbols(kmod: np.void, table: Rows, strings: bytes) -> Symbols:

@@ -23,6 +23,7 @@
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/syscall.h>
 #include <sys/utsname.h>
 #include <sys/wait.h>
 
@@ -182,6 +183,20 @@ static void do_readfile(uint16_t tag, const char *path)
 	answer_status(KW_FILE, tag, err, len);
 }
 
+static void do_load(uint16_t tag, const unsigned char *image, size_t len)
+{
+	long ret = syscall(SYS_init_module, image, len, "");
+
+	answer_status(KW_DONE, tag, ret ? -errno : 0, 0);
+}
+
+static void do_unload(uint16_t tag, const char *name)
+{
+	long ret = syscall(SYS_delete_module, name, O_NONBLOCK);
+
+	answer_status(KW_DONE, tag, ret ? -errno : 0, 0);
+}
+
 static void do_getpid(uint16_t tag)
 {
 	uint32_t pid[2] = { getpid(), 0 };
@@ -233,6 +248,12 @@ static void dispatch(const struct kw_record *head, unsigned char *payload)
 		break;
 	case KW_GETPID:
 		do_getpid(head->tag);
+		break;
+	case KW_LOAD:
+		do_load(head->tag, payload, head->len);
+		break;
+	case KW_UNLOAD:
+		do_unload(head->tag, (char *)payload);
 		break;
 	default:
 		answer_error(head->tag, "unknown record type");

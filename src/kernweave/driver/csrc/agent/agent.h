@@ -41,6 +41,9 @@ enum kw_type {
 	KW_PID		= 12,	/* u32 pid of the agent, u32 0, kernel release */
 	KW_ERROR	= 13,	/* text */
 	KW_RESIZE	= 14,	/* u16 rows, u16 columns of the command's terminal */
+	KW_LOAD		= 15,	/* a kmod's file */
+	KW_UNLOAD	= 16,	/* a kmod's name\0 */
+	KW_DONE		= 17,	/* s32 -errno or 0, u32 0 */
 };
 
 struct kw_record {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /*
- * Areas: executable memory and the per-CPU chunks its code writes.
+ * Areas: executable memory and the per-CPU chunks its code writes.  The code may be
+ * in another kmod instead (weave.c).
  *
  * Life of an area:
  *   1. allocated writable, not executable;
@@ -88,6 +89,8 @@ static void kw_code_free(struct kw_code *code)
 	for (i = 0; i < code->nr_chunks; i++)
 		free_percpu(code->chunks[i].mem);
 	kfree(code->chunks);
+	if (code->weaving)
+		kw_weave_free(code);
 	if (code->mem)
 		kw_syms.free_code(code->mem);
 	kfree(code);
@@ -103,8 +106,17 @@ static bool kw_code_is_free(const struct kw_code *code)
 void kw_area_unreachable(struct kw_code *code)
 {
 	lockdep_assert_held(&kw_lock);
-	if (!--code->users)
-		code->stamp = kw_stamp;
+	if (--code->users)
+		return;
+	if (code->weaving)
+		kw_weave_close(code);
+	code->stamp = kw_stamp;
+}
+
+/* Tasks that no grace period waits for; none: its code is not known to anybody any more. */
+static u32 kw_visitors(struct kw_code *code)
+{
+	return code->weaving ? kw_weave_visitors(code) : kw_copies_visitors(code);
 }
 
 static void kw_reap(struct work_struct *work);
@@ -120,7 +132,7 @@ static void kw_reap(struct work_struct *work)
 	list_for_each_entry_safe(code, next, &kw_retired, link) {
 		if (!kw_code_is_free(code))
 			continue;
-		if (kw_copies_visitors(code)) {
+		if (kw_visitors(code)) {
 			visited = true;
 			continue;
 		}
@@ -137,7 +149,7 @@ void kw_area_retire(struct kw_code *code)
 {
 	lockdep_assert_held(&kw_lock);
 	list_move(&code->link, &kw_retired);
-	if (code->copies && !code->held) {
+	if ((code->copies || code->weaving) && !code->held) {
 		__module_get(THIS_MODULE);
 		code->held = true;
 	}
@@ -196,18 +208,20 @@ int kw_area_alloc(struct kw_session *s, const struct kw_size *req, struct kw_out
 
 	if (!rep)
 		return -ENOSPC;
-	if (!req->value || req->value > KW_MAX_CODE)
+	if (req->value > KW_MAX_CODE)
 		return -E2BIG;
 	code = kzalloc(sizeof(*code), GFP_KERNEL);
 	if (!code)
 		return -ENOMEM;
 	code->size = PAGE_ALIGN(req->value);
-	code->mem = kw_code_alloc(code->size);
-	if (!code->mem) {
-		kfree(code);
-		return -ENOMEM;
+	if (code->size) {
+		code->mem = kw_code_alloc(code->size);
+		if (!code->mem) {
+			kfree(code);
+			return -ENOMEM;
+		}
+		memset(code->mem, 0xcc, code->size);
 	}
-	memset(code->mem, 0xcc, code->size);
 	code->id = kw_next_id++;
 	list_add_tail(&code->link, &s->areas);
 	*rep = (struct kw_area){ code->id, (unsigned long)code->mem, code->size };
@@ -287,6 +301,8 @@ int kw_area_seal(struct kw_session *s, const struct kw_slice *req)
 		return -ENOENT;
 	if (code->sealed)
 		return 0;
+	if (!code->mem)
+		return -EPERM;
 	code->filled = true;
 	ret = kw_code_protect(code);
 	if (ret)
@@ -334,7 +350,7 @@ int kw_area_free(struct kw_session *s, const struct kw_slice *req, struct kw_out
 		return -EBUSY;
 	if (!kw_code_is_free(code))
 		return -EAGAIN;
-	rep->value = kw_copies_visitors(code);
+	rep->value = kw_visitors(code);
 	if (rep->value) {
 		kw_area_retire(code);
 		return 0;

@@ -20,6 +20,10 @@ static u32 kw_fact_flags(void)
 	if (boot_cpu_has(X86_FEATURE_CALL_DEPTH))
 		flags |= KW_FACT_CALL_DEPTH;
 #endif
+#ifdef X86_BUG_ITS
+	if (boot_cpu_has_bug(X86_BUG_ITS))
+		flags |= KW_FACT_LINE;
+#endif
 	return flags;
 }
 
@@ -47,6 +51,7 @@ int kw_facts(struct kw_out *out)
 	f->text_end = kw_syms.etext;
 	f->yield = (unsigned long)kw_ftrace_yield;
 	f->kprobe_yield = (unsigned long)kw_kprobe_yield;
+	f->text_yield = (unsigned long)kw_text_yield;
 	f->native = (unsigned long)kw_native_addr;
 	f->pinned = kw_count_pinned();
 	f->flags = kw_fact_flags();

@@ -311,7 +311,11 @@ static bool kw_leads_into(const struct kw_code *code, u64 addr, const u8 *jump)
 {
 	u64 start = (unsigned long)code->mem, target = kw_target(addr, jump);
 
-	return jump[0] == KW_JMP_OPCODE && target >= start && target < start + code->size;
+	if (jump[0] != KW_JMP_OPCODE)
+		return false;
+	if (code->weaving)
+		return kw_weave_is_entry(code, addr, target);
+	return target >= start && target < start + code->size;
 }
 
 /*

@@ -32,6 +32,8 @@ struct kw_out {
 	u32 detail;
 };
 
+struct kw_weaving;
+
 struct kw_session {
 	struct mutex lock; /* one request at a time */
 	struct kw_hello who;
@@ -63,6 +65,7 @@ struct kw_code {
 	u32 nr_copies;
 	struct list_head copied; /* among all areas with copies */
 	bool held;               /* by a reference to this kmod: its session is gone */
+	struct kw_weaving *weaving; /* clones in another kmod; then mem is NULL */
 	u32 nr_chunks;
 	u32 max_chunks;
 	struct kw_percpu {
@@ -118,6 +121,8 @@ struct kw_syms {
 	struct ftrace_rec_iter *(*rec_next)(struct ftrace_rec_iter *iter);
 	struct dyn_ftrace *(*rec_record)(struct ftrace_rec_iter *iter);
 	int (*rec_test)(struct dyn_ftrace *rec, bool enable);
+	struct ftrace_ret_stack *(*graph_ret_stack)(struct task_struct *task, int idx);
+	struct task_struct *(*idle_task)(int cpu);
 	struct mutex *ftrace_lock;
 	struct list_head *kprobe_blacklist;
 	struct hlist_head *kprobe_table;
@@ -147,6 +152,7 @@ int kw_lookup(const u8 *req, size_t len, struct kw_out *out);
 int kw_read(const u8 *req, size_t len, struct kw_out *out);
 
 int kw_kmods(struct kw_out *out);
+struct kw_range kw_kmod_text(const struct module *m);
 int kw_denylist(struct kw_out *out);
 int kw_kprobes(struct kw_out *out);
 int kw_ftrace_records(struct kw_out *out);
@@ -175,6 +181,16 @@ void kw_copies_unreachable(struct kw_code *code, struct kw_txn *t);
 int kw_copies_check(struct kw_txn *t, u32 *bad);
 int kw_copies_returns(struct kw_out *out);
 u32 kw_copies_visitors(struct kw_code *code);
+
+int kw_weave(struct kw_session *s, const struct kw_weave *req, const u8 *rows, size_t len);
+int kw_weave_move(struct kw_session *s, const struct kw_slice *req, struct kw_out *out);
+int kw_weave_closed(struct kw_session *s, const struct kw_slice *req, struct kw_out *out);
+void kw_weave_free(struct kw_code *code);
+u32 kw_weave_visitors(struct kw_code *code);
+bool kw_weave_is_entry(const struct kw_code *code, u64 addr, u64 target);
+void kw_weave_close(struct kw_code *code);
+void kw_weave_close_at(u64 addr, u64 len);
+void kw_text_yield(unsigned long addr, const u8 *bytes, size_t len);
 
 int kw_text_commit(struct kw_session *s, const struct kw_commit *req, const struct kw_poke *pokes,
 		   size_t len, struct kw_out *out);
@@ -219,5 +235,8 @@ bool kw_is_trap(const struct kprobe *kp);
 void kw_ftrace_yield(void);
 void kw_kprobe_yield(unsigned long addr);
 void kw_yield_drain(void);
+void kw_yield_begin(void);
+void kw_yield_end(void);
+void kw_yield_evict(u64 addr);
 
 #endif

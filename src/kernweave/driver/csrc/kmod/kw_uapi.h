@@ -14,7 +14,7 @@
 #include <linux/types.h>
 
 #ifndef KW_UAPI_VERSION
-#define KW_UAPI_VERSION 4
+#define KW_UAPI_VERSION 5
 #endif
 
 #define KW_MAGIC 0x5245574bu /* "KWER" */
@@ -79,6 +79,9 @@ enum kw_op {
 	KW_OP_DISARM = 21,  /* kw_size{set} -> u64 missed hits per trap */
 	KW_OP_COPIES = 22,  /* kw_slice{area, 0, count} and kw_copy[], before it is sealed */
 	KW_OP_RETURNS = 23, /* -> u64[] where tasks may go on that left by unreachable copies */
+	KW_OP_WEAVE = 24,   /* kw_weave and its rows: an empty area gets a loaded kmod's clones */
+	KW_OP_MOVE = 25,    /* kw_slice{area, kw_side} -> kw_moved: tasks between both sides */
+	KW_OP_CLOSED = 26,  /* kw_slice{area} -> u8 per entry: given back */
 };
 
 #define KW_WRITER 1u /* kw_hello.flags: this session will change text */
@@ -92,12 +95,14 @@ struct kw_hello {
 #define KW_FACT_LOCKS_LIVE 1u   /* lock prefixes may still be re-patched */
 #define KW_FACT_FTRACE_YIELD 2u /* the driver can yield to ftrace */
 #define KW_FACT_CALL_DEPTH 4u   /* calls are counted: push; jmp is not a call */
+#define KW_FACT_LINE 8u         /* indirect branches may be safe by their address only (ITS) */
 
 struct kw_facts {
 	__u64 text_start;   /* _stext */
 	__u64 text_end;     /* _etext */
 	__u64 yield;        /* address to be called before ftrace changes text */
 	__u64 kprobe_yield; /* the same before a kprobe is put at its argument */
+	__u64 text_yield;   /* the same before text is patched: with an address, bytes, their number */
 	__u64 native;       /* address that gives the native address for that of a copy */
 	__u64 pinned;       /* sites that could not be restored yet */
 	__u32 flags;
@@ -171,6 +176,72 @@ struct kw_chunk {
 struct kw_copy {
 	__u64 addr;
 	__u64 native;
+};
+
+/*
+ * A generation: clones of functions, in the text of a loaded kmod.  Behind it the
+ * rows of every kind, in this order.
+ */
+struct kw_weave {
+	__u64 area;        /* of no bytes; may have per-CPU memory */
+	__u64 native_base; /* what the native addresses of kw_place count from */
+	__u32 entries;
+	__u32 parts;
+	__u32 mirrors;
+	__u32 returns;
+	__u32 insns;
+	__u32 pad;
+	char kmod[56];
+};
+
+/* A function; ascending by site. */
+struct kw_entry {
+	__u64 site;  /* ftrace's nop, where a jump to the clone goes */
+	__u64 clone;
+	__u64 slot;  /* five bytes of nop in the clone */
+	__u64 body;  /* where a jump in the slot leads: the native instruction behind it */
+};
+
+/* Native text of a function or a part of it; ascending, disjoint. */
+struct kw_part {
+	__u64 start;
+	__u64 end;
+	__u64 entry; /* row of its kw_entry */
+};
+
+enum kw_patched_kind {
+	KW_JUMP_LABEL = 0,
+	KW_STATIC_CALL = 1,
+};
+
+/* What the kernel rewrites, and its copy of five bytes; ascending by native. */
+struct kw_mirror {
+	__u64 native;
+	__u64 clone;
+	__u64 target; /* of the jump of a jump label, in the clone */
+	__u32 len;    /* bytes natively */
+	__u32 kind;   /* enum kw_patched_kind */
+};
+
+/*
+ * Two places that are the same to a task: where a call returns to, or where an
+ * instruction begins.  Ascending by both.
+ */
+struct kw_place {
+	__u32 clone;  /* bytes from the start of the kmod's text */
+	__u32 native; /* bytes from native_base */
+};
+
+enum kw_side {
+	KW_NATIVE = 0, /* whoever is in a clone goes on natively; its entries must be undone */
+	KW_CLONE = 1,  /* whoever will return to a native place returns to the clone */
+};
+
+struct kw_moved {
+	__u64 places;   /* return addresses and others that were changed */
+	__u64 visitors; /* tasks that are in clones still */
+	__u64 pid;      /* of one of them */
+	__u64 stop_ns;  /* how long the machine was stopped */
 };
 
 struct kw_commit {

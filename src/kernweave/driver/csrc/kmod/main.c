@@ -73,12 +73,16 @@ static const struct kw_rule {
 	[KW_OP_DISARM] = { sizeof(struct kw_size), true },
 	[KW_OP_COPIES] = { sizeof(struct kw_slice), true },
 	[KW_OP_RETURNS] = { 0, false },
+	[KW_OP_WEAVE] = { sizeof(struct kw_weave), true },
+	[KW_OP_MOVE] = { sizeof(struct kw_slice), true },
+	[KW_OP_CLOSED] = { sizeof(struct kw_slice), true },
 };
 
 /* Requests that change something; kw_lock held. */
 static int kw_change(struct kw_session *s, u16 op, const u8 *p, size_t len, struct kw_out *out)
 {
 	const size_t slice = sizeof(struct kw_slice), commit = sizeof(struct kw_commit);
+	const size_t weave = sizeof(struct kw_weave);
 
 	switch (op) {
 	case KW_OP_AREA:
@@ -107,6 +111,12 @@ static int kw_change(struct kw_session *s, u16 op, const u8 *p, size_t len, stru
 		return kw_trap_disarm(s, (void *)p, out);
 	case KW_OP_COPIES:
 		return kw_copies_set(s, (void *)p, (void *)(p + slice), len - slice);
+	case KW_OP_WEAVE:
+		return kw_weave(s, (void *)p, p + weave, len - weave);
+	case KW_OP_MOVE:
+		return kw_weave_move(s, (void *)p, out);
+	case KW_OP_CLOSED:
+		return kw_weave_closed(s, (void *)p, out);
 	}
 	return -EOPNOTSUPP;
 }

@@ -43,6 +43,8 @@ static const struct kw_wanted kw_wanted[] = {
 	MAY(rec_next, "ftrace_rec_iter_next"),
 	MAY(rec_record, "ftrace_rec_iter_record"),
 	MAY(rec_test, "ftrace_test_record"),
+	MAY(graph_ret_stack, "ftrace_graph_get_ret_stack"),
+	MAY(idle_task, "idle_task"),
 	MAY_DATA(ftrace_lock, "ftrace_lock"),
 	WANT_DATA(kprobe_blacklist, "kprobe_blacklist"),
 	WANT_DATA(kprobe_table, "kprobe_table"),

@@ -15,19 +15,29 @@ static void kw_span(struct kw_range *r, const void *start, size_t bytes)
 	r->end = r->start + bytes;
 }
 
+/* The part of it that is executed. */
+struct kw_range kw_kmod_text(const struct module *m)
+{
+	struct kw_range text;
+
+#ifdef KW_HAVE_MOD_MEM
+	kw_span(&text, m->mem[MOD_TEXT].base, m->mem[MOD_TEXT].size);
+#else
+	kw_span(&text, m->core_layout.base, m->core_layout.text_size);
+#endif
+	return text;
+}
+
 static void kw_fill_kmod(struct kw_kmod *k, struct module *m)
 {
 	struct mod_kallsyms *syms;
+	struct kw_range text;
 
 	memset(k, 0, sizeof(*k));
 	strscpy(k->name, m->name, sizeof(k->name));
-#ifdef KW_HAVE_MOD_MEM
-	k->text_start = (unsigned long)m->mem[MOD_TEXT].base;
-	k->text_end = k->text_start + m->mem[MOD_TEXT].size;
-#else
-	k->text_start = (unsigned long)m->core_layout.base;
-	k->text_end = k->text_start + m->core_layout.text_size;
-#endif
+	text = kw_kmod_text(m);
+	k->text_start = text.start;
+	k->text_end = text.end;
 	/* module_mutex is held; the pointer changes only while the kmod loads */
 	syms = rcu_dereference_protected(m->kallsyms, true);
 	if (syms) {

@@ -25,7 +25,8 @@ static bool kw_any_sites(void)
 	return !list_empty(&kw_txns);
 }
 
-static void kw_evict(u64 addr)
+/* Give back the site at addr, and what is woven there; flushed by the caller. */
+void kw_yield_evict(u64 addr)
 {
 	struct kw_txn *t;
 	struct kw_poke *p;
@@ -59,6 +60,25 @@ static void kw_evict_around(u64 addr)
 	}
 }
 
+static void kw_give_back(u64 addr)
+{
+	kw_yield_evict(addr);
+	kw_weave_close_at(addr, KW_JMP_LEN);
+}
+
+/* Somebody whose stack has the address of a trampoline on it is going to sleep. */
+void kw_yield_begin(void)
+{
+	atomic_inc(&kw_inside);
+	atomic_inc(&kw_entered);
+}
+
+void kw_yield_end(void)
+{
+	if (atomic_dec_and_test(&kw_inside))
+		wake_up(&kw_left);
+}
+
 /*
  * Called by the trampoline in ftrace_replace_code(), text_mutex held; may
  * sleep.  The trampoline's address is on this stack, so the area it is in is
@@ -68,30 +88,27 @@ void kw_ftrace_yield(void)
 {
 	struct ftrace_rec_iter *it;
 
-	atomic_inc(&kw_inside);
-	atomic_inc(&kw_entered);
+	kw_yield_begin();
 	for (it = kw_any_sites() ? kw_syms.rec_start() : NULL; it; it = kw_syms.rec_next(it)) {
 		struct dyn_ftrace *rec = kw_syms.rec_record(it);
 
 		if (kw_syms.rec_test(rec, true) != FTRACE_UPDATE_IGNORE)
-			kw_evict(rec->ip);
+			kw_give_back(rec->ip);
 		cond_resched();
 	}
 	kw_text_flush();
-	if (atomic_dec_and_test(&kw_inside))
-		wake_up(&kw_left);
+	kw_yield_end();
 }
 
 /* Called in the same way with the address at which a kprobe is going to be put. */
 void kw_kprobe_yield(unsigned long addr)
 {
-	atomic_inc(&kw_inside);
-	atomic_inc(&kw_entered);
+	kw_yield_begin();
 	kw_look_for_kprobes();
 	kw_evict_around(addr);
+	kw_weave_close_at(addr, 1);
 	kw_text_flush();
-	if (atomic_dec_and_test(&kw_inside))
-		wake_up(&kw_left);
+	kw_yield_end();
 }
 
 /*

@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Generations in a running kernel: loaded, entered, left, unloaded."""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from kernweave.driver import uapi
+from kernweave.driver.client import Area, Chunk, Driver, Generation, Moved
+from kernweave.driver.uapi import Side
+from kernweave.errors import DriverError
+from kernweave.image.symbols import Symbols
+from kernweave.image.tables import Tables
+from kernweave.session.target import AnyLink
+from kernweave.session.view import GENERATION, is_generation
+from kernweave.weave.clonemap import make_entries
+from kernweave.weave.counters import Counters
+from kernweave.weave.generation import Template, Woven, make_generation
+from kernweave.weave.handover import make_handover
+from kernweave.weave.layout import lay_out
+from kernweave.weave.scope import Scope
+from kernweave.weave.source import I32, Source
+
+_CHUNK = uapi.MAX_PERCPU
+_COUNTER_BYTES = 8
+_LEAVE_S = 2.0
+_AGAIN_S = 0.01
+_NOP5 = np.frombuffer(bytes.fromhex("0f1f440000"), np.uint8)
+_JUMP = 0xE9
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What generations are made with.
+
+    Attributes:
+        driver: of the session.
+        link: that loads kmods.
+        template: what every kmod of this kernel has.
+        tables: the kernel's.
+        symbols: the kernel's.
+    """
+
+    driver: Driver
+    link: AnyLink
+    template: Template
+    tables: Tables
+    symbols: Symbols
+
+
+@dataclass(frozen=True)
+class Left:
+    """How leaving went.
+
+    Attributes:
+        stops: what each stop of the machine did.
+        visitors: tasks that are in clones still.
+        closed: bool[e], entries that somebody else's patch took before.
+        stuck: addresses that could not be restored.
+    """
+
+    stops: tuple[Moved, ...]
+    visitors: int
+    closed: npt.NDArray[np.bool_]
+    stuck: tuple[int, ...]
+
+
+class Live:
+    """A generation that is loaded; the driver knows it, and nothing leads to it yet."""
+
+    def __init__(self, kernel: Kernel, source: Source, scope: Scope, counters: Counters) -> None:
+        """Translate, load and hand over.
+
+        Raises:
+            DriverError: the kernel or the driver refuses.
+        """
+        driver = kernel.driver
+        self._kernel = kernel
+        self._entered: int | None = None
+        self.area = driver.area(0)
+        self.chunks = _chunks(driver, self.area, len(counters.insn))
+        offsets = _offsets(self.chunks, len(counters.insn))
+        layout = lay_out(source, scope, counters)
+        name_at = kernel.symbols.name_at
+        names = [name_at.get(addr, f"{addr:x}") for addr in source.tables.functions.addr.tolist()]
+        self.woven = Woven(source, scope, layout, offsets, names, kernel.tables)
+        self.kmod = _free_name(driver)
+        kernel.link.load_kmod(make_generation(self.woven, kernel.template, self.kmod))
+        try:
+            self.base = _text_of(driver, self.kmod)
+            driver.weave(self.area, self.handover)
+        except BaseException:
+            kernel.link.unload_kmod(self.kmod)
+            raise
+
+    @cached_property
+    def handover(self) -> Generation:
+        """What the driver knows of it."""
+        return make_handover(self.woven, self.kmod, self.base)
+
+    @cached_property
+    def functions(self) -> I32:
+        """int32[e]: row of the function of each entry."""
+        return make_entries(self.woven.source, self.woven.layout, self.base).function
+
+    @property
+    def counters(self) -> Counters:
+        """What is counted."""
+        return self.woven.layout.counters
+
+    def hits(self) -> npt.NDArray[np.uint64]:
+        """uint64[c]: hits of each counter, of all CPUs."""
+        driver = self._kernel.driver
+        parts = [driver.counters(self.area, chunk, _CHUNK).sum(axis=0) for chunk in self.chunks]
+        found = np.concatenate([np.zeros(0, np.uint64), *parts])
+        return found[: len(self.counters.insn)]
+
+    def enter(self) -> Moved:
+        """Redirect all entries, then take along who sleeps natively in what is woven.
+
+        Raises:
+            CommitError: ESTALE or EINVAL, if a function was changed; nothing is entered.
+        """
+        driver, entries = self._kernel.driver, self.handover.entries
+        pokes = np.zeros(len(entries), uapi.POKE)
+        pokes["addr"], pokes["len"] = entries["site"], len(_NOP5)
+        pokes["old"][:, : len(_NOP5)] = _NOP5
+        away = (entries["clone"] - entries["site"] - np.uint64(len(_NOP5))).view(np.int64)
+        pokes["new_"][:, 0] = _JUMP
+        pokes["new_"][:, 1:5] = away.astype("<i4").view(np.uint8).reshape(-1, 4)
+        self._entered = driver.commit(self.area, pokes)
+        return driver.move(self.area, Side.CLONE)
+
+    def leave(self) -> Left:
+        """Send everybody back to native code; counters can be read until `free`."""
+        driver = self._kernel.driver
+        stops: tuple[Moved, ...] = ()
+        stuck: tuple[int, ...] = ()
+        closed = driver.closed(self.area)
+        if self._entered is not None:
+            stuck = driver.undo(self._entered).stuck_addrs
+        if stuck:
+            return Left(stops, 0, closed, stuck)
+        driver.quiesce()
+        deadline = time.monotonic() + _LEAVE_S
+        while True:
+            stops += (driver.move(self.area, Side.NATIVE),)
+            if not stops[-1].visitors or time.monotonic() > deadline:
+                return Left(stops, stops[-1].visitors, closed, stuck)
+            time.sleep(_AGAIN_S)
+
+    def free(self) -> int:
+        """Free everything; how many tasks keep the clones in memory, for the driver to wait for."""
+        kernel = self._kernel
+        visitors = kernel.driver.free(self.area)
+        if self._entered is not None:
+            kernel.driver.forget(self._entered)
+        if not visitors:
+            kernel.link.unload_kmod(self.kmod)
+        return visitors
+
+
+def _chunks(driver: Driver, area: Area, counters: int) -> tuple[Chunk, ...]:
+    number = -(-_COUNTER_BYTES * counters // _CHUNK)
+    return tuple(driver.percpu(area, _CHUNK) for _ in range(number))
+
+
+def _offsets(chunks: tuple[Chunk, ...], counters: int) -> npt.NDArray[np.uint64]:
+    """uint64[c]: gs-relative address of each counter."""
+    per = _CHUNK // _COUNTER_BYTES
+    row = np.arange(counters, dtype=np.uint64)
+    starts = np.array([chunk.offset for chunk in chunks], np.int64).view(np.uint64)
+    inside = np.uint64(_COUNTER_BYTES) * (row % np.uint64(per))
+    return np.asarray(starts[row // np.uint64(per)] + inside)
+
+
+def _kmods(driver: Driver) -> dict[str, int]:
+    """Name -> address of its text, of all kmods."""
+    return {
+        bytes(row["name"]).rstrip(b"\0").decode(): int(row["text_start"]) for row in driver.kmods()
+    }
+
+
+def _free_name(driver: Driver) -> str:
+    taken, number = _kmods(driver), 0
+    while f"{GENERATION.decode()}{number}" in taken:
+        number += 1
+    return f"{GENERATION.decode()}{number}"
+
+
+def _text_of(driver: Driver, kmod: str) -> int:
+    try:
+        return _kmods(driver)[kmod]
+    except KeyError:
+        raise DriverError(f"kmod {kmod} has gone", errno.ENOENT) from None
+
+
+def unload_left(driver: Driver, unload: Callable[[str], None]) -> int:
+    """Unload generations of sessions that were killed; how many are in use still."""
+    used = 0
+    for kmod in _kmods(driver):
+        if not is_generation(kmod.encode()):
+            continue
+        try:
+            unload(kmod)
+        except DriverError as error:
+            if error.errno not in (errno.EAGAIN, errno.EWOULDBLOCK, errno.ENOENT):
+                raise
+            used += error.errno != errno.ENOENT
+    return used

@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Points that are counted in clones: chosen, woven in, taken out."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from kernweave.driver.client import Driver
+from kernweave.driver.uapi import Fact
+from kernweave.errors import DriverError, Reason
+from kernweave.image.tables import find_spans, read_tables
+from kernweave.model.plan import Refused
+from kernweave.session.analysis import Analysis
+from kernweave.session.counts import Counts
+from kernweave.session.generations import Kernel, Left, Live, unload_left
+from kernweave.session.hooks import Hooks
+from kernweave.session.resolve import Resolved
+from kernweave.session.target import AnyLink
+from kernweave.session.view import KernelView
+from kernweave.weave.counters import Counters, Place, make_counters
+from kernweave.weave.generation import read_template
+from kernweave.weave.scope import Rules, Scope, Why, find_scope
+from kernweave.weave.source import Source
+
+_EVERYTHING = (0, (1 << 64) - 1)
+
+#: why there is no clone of a function or a block: code and words
+_WORDS = {
+    Why.NO_ENTRY: (Reason.NO_CLONE, "its function has no ftrace site to be entered by"),
+    Why.DENIED: (Reason.DENYLIST, "its function is one of those in which nothing may be placed"),
+    Why.BUSY_FTRACE: (Reason.BUSY_FTRACE, "ftrace uses its function's entry"),
+    Why.SWAPGS: (Reason.SWAPGS, "its function changes the gs base"),
+    Why.ENTRY_BLOCK: (Reason.NO_CLONE, "the first block of its function cannot be cloned"),
+    Why.LOCK: (Reason.LOCK_PREFIX, "its block has a lock prefix that may still be patched"),
+    Why.SHADOW: (Reason.STI_SHADOW, "its block must stay with the one behind it"),
+}
+_PARTED = (Reason.STI_SHADOW, "nothing may come between it and the instruction before")
+
+
+@dataclass(frozen=True)
+class Clonable:
+    """The verdict on a request.
+
+    Attributes:
+        resolved: what was asked for.
+        source: the kernel's text.
+        scope: the functions concerned.
+        counters: what is counted.
+        insn: int64[m], row of the instruction that each point counts, -1: not of the kernel itself.
+        counter: int64[m], row of `counters` that each point has, -1: none.
+    """
+
+    resolved: Resolved
+    source: Source
+    scope: Scope
+    counters: Counters
+    insn: npt.NDArray[np.int64]
+    counter: npt.NDArray[np.int64]
+
+    @property
+    def placed(self) -> npt.NDArray[np.bool_]:
+        """bool[m]: which points can be counted."""
+        return self.counter >= 0
+
+    def refused(self, i: int) -> Refused:
+        """Why a point cannot be counted."""
+        reason, detail = self._why(int(self.insn[i]))
+        return Refused(self.resolved.point(i).text, reason, detail)
+
+    def all_refused(self) -> list[Refused]:
+        """Everything that cannot be counted; points that do not exist first."""
+        rows = np.flatnonzero(~self.placed).tolist()
+        return [*self.resolved.refused, *(self.refused(i) for i in rows)]
+
+    def _why(self, insn: int) -> tuple[Reason, str]:
+        if insn < 0:
+            return Reason.NO_CLONE, "only functions of the kernel itself are woven"
+        why = Why(int(self.scope.block[self.source.tables.instructions.block[insn]]))
+        if why is Why.WOVEN:
+            return _PARTED
+        plain = f"its block cannot be cloned ({why.name.lower()})"
+        return _WORDS.get(why, (Reason.NO_CLONE, plain))
+
+
+def find_clonable(resolved: Resolved, source: Source, rules: Rules) -> Clonable:
+    """Find out what can be counted in clones of the functions concerned."""
+    insn = source.index.rows(resolved.code.addr[resolved.counted])
+    known = np.flatnonzero(insn >= 0)
+    functions = source.tables.functions
+    asked = np.zeros(len(functions.addr), bool)
+    asked[functions.parent[source.tables.instructions.function[insn[known]]]] = True
+    scope = find_scope(source, rules, asked)
+    before = np.full(len(known), Place.BEFORE, np.uint8)
+    counters, number = make_counters(source, scope, insn[known], before)
+    counter = np.full(len(insn), -1, np.int64)
+    counter[known] = number
+    return Clonable(resolved, source, scope, counters, insn, counter)
+
+
+class Weaver:
+    """Makes generations for one session."""
+
+    def __init__(
+        self,
+        driver: Driver,
+        link: AnyLink,
+        seen: tuple[KernelView, Analysis, Hooks],
+        driver_file: Callable[[], bytes],
+    ) -> None:
+        """Remember where to look; nothing is read yet."""
+        self._driver, self._link = driver, link
+        self._view, self._analysis, self._hooks = seen
+        self._driver_file = driver_file
+
+    def prepare(self) -> None:
+        """Once, before anything is woven: what others patch is patched in clones as well."""
+        self._hooks.mirror()
+        unload_left(self._driver, self._link.unload_kmod)
+
+    def find(self, resolved: Resolved) -> Clonable:
+        """What can be counted; the view is fresh."""
+        flags = self._driver.facts.flags
+        rules = Rules(bool(flags & Fact.LINE), bool(flags & Fact.LOCKS_LIVE))
+        return find_clonable(resolved, self._analysis.source(), rules)
+
+    @cached_property
+    def _kernel(self) -> Kernel:
+        spans = find_spans(self._driver.lookup, live=True)
+        return Kernel(
+            self._driver,
+            self._link,
+            read_template(self._driver_file()),
+            read_tables(self._driver.read, spans, _EVERYTHING),
+            self._view.images[0],
+        )
+
+    def enter(self, found: Clonable) -> Live | None:
+        """Weave; None if the kernel's text changed meanwhile, and nothing was done."""
+        live = Live(self._kernel, found.source, found.scope, found.counters)
+        try:
+            if self._is_current(live):
+                live.enter()
+                return live
+        except DriverError as error:
+            if error.errno not in (errno.ESTALE, errno.EBUSY, errno.EINVAL):
+                raise
+        live.leave()
+        live.free()
+        return None
+
+    def _is_current(self, live: Live) -> bool:
+        """Whether the text is what was woven; from here on the driver follows it."""
+        parts, source = live.handover.parts, live.woven.source
+        starts, ends = parts["start"].astype(np.uint64), parts["end"].astype(np.uint64)
+        low = (starts - np.uint64(source.base)).tolist()
+        texts = self._view.read_text(starts, ends)
+        return all(
+            source.text[at : at + len(text)].tobytes() == text
+            for at, text in zip(low, texts, strict=True)
+        )
+
+
+class WovenCounts(Counts):
+    """Counters of one `Session.count` that are woven in."""
+
+    engine = "weave"
+
+    def __init__(self, driver: Driver, found: Clonable, live: Live) -> None:
+        """Take over what was entered; made by `Session.count`."""
+        kept = np.flatnonzero(found.placed)
+        points = tuple(found.resolved.point(i) for i in kept.tolist())
+        super().__init__(points, tuple(found.all_refused()))
+        self.live = live
+        self._driver = driver
+        self._counter = found.counter[kept]
+        functions = live.woven.source.tables.functions
+        function = live.woven.source.tables.instructions.function[found.insn[kept]]
+        self._function = functions.parent[function]
+        self._hits: npt.NDArray[np.uint64] | None = None
+        self._left: Left | None = None
+
+    @property
+    def attached(self) -> bool:
+        """Whether the clones are still entered."""
+        return self._hits is None
+
+    def detach(self) -> None:
+        """Leave the clones, read the final counts, free everything; idempotent."""
+        if self._hits is not None:
+            return
+        self._duration_ns = self.duration_ns
+        self._left = left = self.live.leave()
+        self._hits = self.live.hits()
+        self.unrestored, self.in_flight = left.stuck, left.visitors
+        self.text_restored = not left.stuck
+        if not left.stuck:
+            self.live.free()
+
+    def hits(self) -> npt.NDArray[np.uint64]:
+        """uint64[m]: hits of each placed point; still rising while attached."""
+        found = self.live.hits() if self._hits is None else self._hits
+        return np.asarray(found[self._counter])
+
+    def missed(self) -> npt.NDArray[np.uint64]:
+        """uint64[m]: zeros; whoever comes to a clone is counted."""
+        return np.zeros(len(self._counter), np.uint64)
+
+    def exact(self) -> npt.NDArray[np.bool_]:
+        """bool[m]: whether each count is final and complete.
+
+        That of a function which was given back is not, and nothing is while tasks are inside.
+        """
+        if self._left is None or self.in_flight or self._left.stuck:
+            return np.zeros(len(self._counter), bool)
+        return np.asarray(~np.isin(self._function, self.live.functions[self._left.closed]))
+
+    @property
+    def evicted(self) -> int:
+        """Functions given back, as somebody else patched them."""
+        return int(self._left.closed.sum()) if self._left else 0
+
+    @property
+    def tactic_of(self) -> list[str]:
+        """The tactic of each placed point."""
+        return ["clone"] * len(self._counter)
