@@ -120,7 +120,7 @@ HOG = "for i in 1 2 3 4; do chrt -f 99 sh -c 'while :; do :; done' & done; wait"
 
 def test_guest_that_hangs_as_a_whole_is_ended_by_its_watchdog(new_lab: NewLab) -> None:
     hung = new_lab("hung")
-    hung.up(kernel_args=["kernweave.watchdog=5"])
+    hung.up(kernel_args=["kernweave.watchdog=15"])  # a loaded host takes some
     with hung.connect() as link:
         unleash = "echo -1 > /proc/sys/kernel/sched_rt_runtime_us"
         with pytest.raises(LabError, match="the guest hung, and its watchdog ended it"):
