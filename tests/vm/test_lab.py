@@ -372,7 +372,7 @@ def test_panic_is_told_with_the_console(lab: Lab, new_lab: NewLab) -> None:
         with pytest.raises(KernweaveError, match="kernel panicked") as caught:
             shell(link, "echo c > /proc/sysrq-trigger")
         assert any("sysrq" in note for note in caught.value.notes)
-    assert not victim.running()
+    until("QEMU has ended", lambda: not victim.running())
     with pytest.raises(LabError, match="is down"):
         victim.connect()
     assert lab.running()
