@@ -16,7 +16,7 @@ from kernweave.driver.client import Area, Driver, Rows
 from kernweave.driver.uapi import PokeFlag
 from kernweave.errors import DriverError
 
-PATIENCE_S = 10.0
+PATIENCE_S = 120.0
 
 
 def make_hook(driver: Driver) -> tuple[Splice, int]:

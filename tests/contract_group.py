@@ -17,7 +17,7 @@ from kernweave.driver.uapi import Op, PokeFlag, State
 
 CANDIDATES = 600
 REACH = 100
-PATIENCE_S = 10.0
+PATIENCE_S = 120.0
 
 
 def near_sites(driver: Driver) -> int:

@@ -49,7 +49,7 @@ def poisoned(
 def load(session: Session, seconds: int) -> None:
     """Run stress-ng; every stressor's own verification must succeed."""
     argv, env = stress_ng(seconds)
-    done = session.run(argv, env=env, cwd="/", capture=True, limit_s=4 * seconds + 120)
+    done = session.run(argv, env=env, cwd="/", capture=True, limit_s=4 * seconds + 400)
     text = (done.stdout + done.stderr).decode(errors="replace")
     assert done.exit == 0, text
     assert "successful run completed" in text, text

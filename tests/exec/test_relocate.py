@@ -8,7 +8,7 @@ from typing import Any
 
 import iced_x86 as iced
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from iced_x86 import Code, Instruction, Register
 
@@ -276,7 +276,7 @@ def register_cases(draw: st.DrawFn) -> Case:
 
 
 @given(case=st.one_of(memory_cases(), memory_cases(), register_cases()), seed=st.integers(0, 99))
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_relocated_generated_instruction_has_the_same_effect(
     cpu: Cpu, case: Case, seed: int
 ) -> None:

@@ -570,13 +570,14 @@ def test_declare_prototype_that_takes_itself_is_refused() -> None:
         declare(made.read(), row)
 
 
+@settings(deadline=None)
 @given(st.integers(0, len(every_kind().data()) - 1))
 def test_read_truncated_anywhere_is_refused(size: int) -> None:
     with pytest.raises(UnsupportedError):
         read_btf(every_kind().data()[:size])
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(
     st.lists(
         st.tuples(st.integers(0, len(every_kind().data()) - 1), st.integers(0, 255)),

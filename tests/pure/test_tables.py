@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernweave.errors import UnsupportedError
@@ -330,6 +330,7 @@ def test_spans_that_cannot_be_read_are_unsupported() -> None:
         image.tables()
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.sampled_from([*TABLE_SYMBOLS]), st.binary(max_size=96)))
 def test_tables_of_any_bytes_are_read_or_unsupported(contents: dict[str, bytes]) -> None:
     image = Image()

@@ -29,7 +29,8 @@ def lab() -> Iterator[Lab]:
     machine = Lab(f"test-{os.getpid()}", kernel="6.1")
     try:
         try:
-            state = machine.up(progress=print)
+            # its tests are in several files, between which other files may take long
+            state = machine.up(progress=print, kernel_args=["kernweave.idle=3600"])
         except UnsupportedError as error:
             if wanted == "1":
                 raise

@@ -16,6 +16,7 @@ from typing import Any
 import duckdb
 import pytest
 from command import Kernweave, rows
+from guest import LONGEST_S
 
 from kernweave.driver.client import Driver
 from kernweave.lab.machine import Lab
@@ -104,7 +105,7 @@ def test_count_without_command_ends_at_interrupt_as_success(run: Kernweave, mach
             while entry not in watcher.driver.placed()["addr"]:
                 assert client.poll() is None
         client.send_signal(signal.SIGINT)
-        out, _ = client.communicate(timeout=60)
+        out, _ = client.communicate(timeout=LONGEST_S)
     assert client.returncode == 0
     assert json.loads(out.splitlines()[-1])["text_restored"]
 

@@ -12,6 +12,7 @@ from guest import (
     CSRC,
     FAULTING,
     JUMPS,
+    LONGEST_S,
     assert_exact,
     booted,
     kmodctl,
@@ -100,7 +101,8 @@ def test_functions_in_which_the_driver_has_hooks_are_counted_but_for_those(lab: 
 def start_sleeper(link: Link) -> None:
     """A task that sleeps in a fault, in the kernel, until there is a file `go`."""
     command = f"{program('faults')} sleep {DIRECTORY}/go"
-    shell(link, f"{command} > {DIRECTORY}/out 2>&1 < /dev/null &")
+    # the file is there before anybody looks: the shell may end before its child opens it
+    shell(link, f"touch {DIRECTORY}/out; {command} > {DIRECTORY}/out 2>&1 < /dev/null &")
     until("the task sleeps", lambda: "asleep" in said(link))
 
 
@@ -179,6 +181,8 @@ def test_warning_stays_a_warning_and_a_bug_a_bug(lab: Lab, link: Link) -> None:
         bugs = hits.hits()[contains(session.view.sites.bugs, addrs)]
         assert sorted(bugs.tolist()) == [1, WARNINGS, WARNINGS]
         shell(link, f"echo 1 > {PARAMETERS}/warn")
+    shell(link, "echo '<7>all is said' > /dev/kmsg")
+    lab.wait_console("all is said", LONGEST_S)  # another CPU may be writing it
     log = lab.log()
     place = r"at \S*kw_subject\.c:(\d+) kw_subject_warn\+"
     lines = re.findall(f"WARNING: .*{place}", log)

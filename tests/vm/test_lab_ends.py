@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from command import Kernweave
+from guest import LONGEST_S
 
 from kernweave.errors import LabError, UnsupportedError
 from kernweave.lab import machine
@@ -60,7 +61,7 @@ def test_killed_qemu_is_told_with_the_last_console_lines(victim: Lab) -> None:
         link.exec_start(["sleep", "60"])
         os.kill(pid_of(victim), signal.SIGKILL)
         with pytest.raises(LabError, match="QEMU is gone") as caught:
-            list(link.exec_events(30))
+            list(link.exec_events(LONGEST_S))
     assert any("GUEST-UP" in note for note in caught.value.notes)
     assert not victim.running()
     victim.up()
@@ -119,11 +120,11 @@ HOG = "for i in 1 2 3 4; do chrt -f 99 sh -c 'while :; do :; done' & done; wait"
 
 def test_guest_that_hangs_as_a_whole_is_ended_by_its_watchdog(new_lab: NewLab) -> None:
     hung = new_lab("hung")
-    hung.up(kernel_args=["kernweave.watchdog=5"])
+    hung.up(kernel_args=["kernweave.watchdog=15"])  # a loaded host takes some
     with hung.connect() as link:
         unleash = "echo -1 > /proc/sys/kernel/sched_rt_runtime_us"
         with pytest.raises(LabError, match="the guest hung, and its watchdog ended it"):
-            link.run(["sh", "-c", f"{unleash}; {HOG}"], timeout=120)
+            link.run(["sh", "-c", f"{unleash}; {HOG}"], timeout=LONGEST_S)
     assert not hung.running()
 
 
@@ -188,7 +189,7 @@ class Terminal:
         os.close(theirs)
 
     def until(self, text: str) -> None:
-        seen, deadline = b"", time.monotonic() + 60
+        seen, deadline = b"", time.monotonic() + LONGEST_S
         while text.encode() not in seen:
             assert time.monotonic() < deadline, seen
             if select.select([self.fd], [], [], 1)[0]:
@@ -199,7 +200,7 @@ class Terminal:
 
     def end(self) -> int:
         """Status of the client; the terminal is as it was."""
-        status = self.client.wait(30)
+        status = self.client.wait(LONGEST_S)
         assert termios.tcgetattr(self.fd) == self.before
         os.close(self.fd)
         return status

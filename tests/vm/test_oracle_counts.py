@@ -189,7 +189,8 @@ def test_traps_and_missed_hits_equal_the_oracle(machine: OracleLab) -> None:
     # a kprobe is marked disabled just before its int3 goes: what hits it then is not counted
     before_detach = at_least.at_code(addrs, [INT3] * len(addrs))
     assert (counted[exact] >= before_detach[exact]).all()
-    assert (counted[exact] != arrivals[exact]).sum() <= 3
+    # few are hit just then, more of them the slower the machine
+    assert (counted[exact] != arrivals[exact]).sum() * 10 <= exact.sum()
     # two CPUs that miss at the same time may count one miss
     assert (counted <= arrivals).all() and (attachment.missed()[~exact] > 0).all()
     assert (counted[exact] > 0).sum() > 100 and attachment.text_restored

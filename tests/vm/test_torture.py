@@ -62,5 +62,8 @@ def test_broken_plan_is_found_out() -> None:
         torture.torture(lab, SEED, SECONDS, torture.Tally(), break_copies)
     words = torture.describe_death(lab, caught.value)
     print(words)
-    assert re.search("the lab's kernel panicked|the guest hung", words)  # as the first fault goes
-    assert re.search("invalid opcode|double fault", lab.log())
+    # as the first fault goes; what is broken may be what would tell of it
+    how = re.search("the lab's kernel panicked|the guest hung|QEMU is gone", words)
+    assert how
+    told = re.search("invalid opcode|double fault|stack guard page", lab.log())
+    assert told or how[0] != "the lab's kernel panicked"

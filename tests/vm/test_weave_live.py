@@ -132,7 +132,8 @@ def _differences(
         "bail-outs": int((~copied).sum()),
     }
     print(json.dumps(row))
-    assert row["functions"] > 1500 and row["hit"] > 40_000 and row["moved"] < 1000
+    assert row["functions"] > 1500 and row["hit"] > 40_000
+    assert row["moved"] * 10 < row["hit"]  # the others are compared exactly
     return [
         f"{native[at]:#x}: {hits[at]} hits, {low[at]} to {high[at]} executions of {clone[at]:#x}"
         for at in np.flatnonzero(wrong).tolist()

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import contextlib
 import random
+import time
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from guest import ENV, JUMPS, LONGEST_S, TRACING, target
+from guest import ENV, JUMPS, LONGEST_S, TRACING, target, until
 
 import kernweave
 from coexist.counting import ALL, CALLS, SUBJECT, call, count_all, refusals, until_unpinned
@@ -24,6 +25,7 @@ from kernweave.session.survey import SiteVerdict
 
 SEED = 20991122
 TURNS = 10
+MOST_TURNS = 100  # a slow machine may be disturbed in nearly all of them
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,15 @@ def settle(link: Link) -> None:
     other = Kprobes("__x64_sys_sched_rr_get_interval", [5])
     other.attach(link)
     other.detach(link)
+
+
+def becomes_optimised(link: Link, offset: int) -> bool:
+    """Whether a kprobe is a jump by now, or some time later: the kernel takes its time."""
+    for _ in range(20):
+        if offset in optimised(link):
+            return True
+        time.sleep(0.1)
+    return False
 
 
 def beside_hosts(hits: Attachment, subject: Subject) -> list[int]:
@@ -166,7 +177,10 @@ def test_kprobes_at_every_third_instruction_before_us_and_all_count(
     shell(link, f"echo {optimise} > {OPTIMIZE}")
     theirs.attach(link)
     settle(link)
-    assert bool(optimised(link)) == bool(optimise)
+    if optimise:
+        until("some are optimised", lambda: optimised(link))
+    else:
+        assert not optimised(link)
     with count_all(session, tactics=ALL) as hits:
         call(session)
         assert theirs.hits_by_offset(link) == some_of(subject.times(1), dict.fromkeys(offsets, 0))
@@ -197,7 +211,7 @@ def test_optimised_kprobe_before_us_refuses_what_it_reaches(
         theirs = Kprobes(SUBJECT, [short])
         theirs.attach(link)
         settle(link)
-        if short in optimised(link):
+        if becomes_optimised(link, short):
             reaching.append(short)
             with pytest.raises(RefusedError) as refused:
                 count_at(session, site, "jmp32")
@@ -412,7 +426,9 @@ def test_counts_stay_exact_while_kprobes_and_a_tracer_come_and_go(
     counted = 0
     with lab.connect() as storm:
         storm.exec_start(["sh", "-ec", script], env=ENV, cwd="/")
-        for turn in range(TURNS):
+        for turn in range(MOST_TURNS):
+            if turn >= TURNS and counted > TURNS:
+                break
             with contextlib.suppress(RefusedError, DriverError):
                 with count_all(session, tactics=JUMPS if turn % 2 else ALL) as hits:
                     call(session)
