@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,7 @@ def count(
     with connect(obj["target"], progress=progress) as session:
         done = None
         try:
-            hits = session.count(*points, partial=partial, tactics=tactics, engine=engine)
+            hits = _place(session, points, partial, tactics, engine)
         except KeyboardInterrupt:  # once something is placed, an interrupt is the normal end
             if not session.attachments:
                 raise
@@ -125,6 +126,18 @@ def count(
             help="they are restored by themselves when the other side leaves",
         )
     return _status(done, hits)
+
+
+def _place(
+    session: Session,
+    points: Sequence[str],
+    partial: bool,
+    tactics: list[str] | None,
+    engine: str,
+) -> Counts:
+    if engine == "weave":
+        return session.weave(*points, partial=partial)
+    return session.count(*points, partial=partial, tactics=tactics)
 
 
 def _tactics(names: str | None, no_trap: bool) -> list[str] | None:

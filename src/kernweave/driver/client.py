@@ -34,6 +34,7 @@ class Facts:
         yield_addr: function to call before ftrace changes text.
         kprobe_yield_addr: the same before a kprobe is put at its argument.
         text_yield_addr: the same before text is patched: with an address, bytes and their number.
+        livepatch_yield_addr: the same before a livepatch looks where tasks are.
         native_addr: function that gives the native address for that of a copy.
         pinned: sites of earlier sessions that wait for somebody else to leave.
         flags: what the brain must respect.
@@ -48,6 +49,7 @@ class Facts:
     yield_addr: int
     kprobe_yield_addr: int
     text_yield_addr: int
+    livepatch_yield_addr: int
     native_addr: int
     pinned: int
     flags: Fact
@@ -179,6 +181,7 @@ class Driver:
             yield_addr=int(row["yield"]),
             kprobe_yield_addr=int(row["kprobe_yield"]),
             text_yield_addr=int(row["text_yield"]),
+            livepatch_yield_addr=int(row["livepatch_yield"]),
             native_addr=int(row["native"]),
             pinned=int(row["pinned"]),
             flags=Fact(int(row["flags"])),

@@ -150,6 +150,8 @@ class FakeKernel:
             text_end=self.text_range[1],
             **{"yield": self.text_range[0]},
             kprobe_yield=self.text_range[0],
+            text_yield=self.text_range[0],
+            livepatch_yield=self.text_range[0],
             native=self.text_range[0],
             pinned=self.pinned_sites(),
             flags=self.flags,

@@ -126,6 +126,7 @@ FACTS = np.dtype(
         ("yield", "<u8"),
         ("kprobe_yield", "<u8"),
         ("text_yield", "<u8"),
+        ("livepatch_yield", "<u8"),
         ("native", "<u8"),
         ("pinned", "<u8"),
         ("flags", "<u4"),

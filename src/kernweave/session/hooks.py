@@ -31,6 +31,8 @@ _PATCHERS = (
     ("smp_text_poke_batch_add", "smp_text_poke_single"),
     ("text_poke_queue", "text_poke_bp"),
 )
+#: it looks where all tasks are, after the functions that are patched were changed
+_LIVEPATCH = "klp_start_transition"
 #: where the address of what faulted or trapped is looked up, or printed, and the register it is in
 SEARCHES = {"search_exception_tables": "rdi", "find_bug": "rdi", "__warn": "rdx"}
 
@@ -42,7 +44,7 @@ class Hooks:
         """Remember where to look; nothing is changed yet."""
         self._driver, self._view, self._known = driver, view, known
         self._ftrace = False
-        self._kprobes = False
+        self._kprobes: bool | None = None  # not looked for yet
         self._searches = False
         self._patches = False
         self._spliced: list[tuple[int, int]] = []  # start and end of what was changed
@@ -77,31 +79,36 @@ class Hooks:
         self._splice([Hook(code, row, row + 1, self._driver.facts.yield_addr)])
         self._ftrace = True
 
-    def _yield_to_kprobes(self) -> None:
+    def _yield_to_kprobes(self) -> bool:
         """Before several instructions are replaced by one jump: get told of new kprobes.
 
-        Where the kernel has no such place, a kprobe between them is refused by the kernel.
+        Where the kernel has no such place, which is told, a kprobe between them is refused by the
+        kernel.
         """
-        if self._kprobes:
-            return
-        self._kprobes = True
-        name, callee = _KPROBE_CHECK
-        code, found = self._code(name), self._view.images[0].find(callee)
-        row = call_row(code, found[0], self._view.sites) if code and len(found) == 1 else -1
-        if code and row >= 0:
-            self._splice([Hook(code, row, row + 1, self._driver.facts.kprobe_yield_addr)])
+        if self._kprobes is None:
+            name, callee = _KPROBE_CHECK
+            code, found = self._code(name), self._view.images[0].find(callee)
+            row = call_row(code, found[0], self._view.sites) if code and len(found) == 1 else -1
+            self._kprobes = code is not None and row >= 0
+            if code and self._kprobes:
+                self._splice([Hook(code, row, row + 1, self._driver.facts.kprobe_yield_addr)])
+        return self._kprobes
 
     def mirror(self) -> None:
-        """Before anything is woven: get told what is patched, to patch clones as well.
+        """Before anything is woven: get told of all that changes text, to change clones as well.
 
         Raises:
-            UnsupportedError: there is no room for a jump where the kernel patches text.
+            UnsupportedError: there is no room for a jump where the kernel does so.
         """
         if self._patches:
             return
         hooks = self._patch_hooks()
-        if not hooks:
+        if hooks and self._view.images[0].find(_LIVEPATCH):
+            hook = self._entry_hook(_LIVEPATCH, self._driver.facts.livepatch_yield_addr)
+            hooks = [*hooks, hook] if hook else []
+        if not hooks or not self.can_yield_to_ftrace() or not self._yield_to_kprobes():
             raise UnsupportedError("the functions that patch this kernel's text cannot be spliced")
+        self._yield_to_ftrace()
         self._splice(sorted(hooks, key=lambda hook: hook.addr))
         self._patches = True
 

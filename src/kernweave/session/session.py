@@ -292,18 +292,15 @@ class Session:
         *points: str,
         partial: bool = False,
         tactics: Sequence[str] | None = None,
-        engine: str = "auto",
         clobber: Clobber | None = None,
         amend: Amend | None = None,
-    ) -> Counts:
+    ) -> Attachment:
         """Put a counter at each point; leaving the attachment takes them out.
 
         Args:
             points: as in the point grammar.
             partial: place what can be placed even of explicitly named points.
             tactics: allowed tactics, in order; None: all.
-            engine: `weave`: count in clones of the functions; `splice`: at their own instructions;
-                `auto`: the latter.
             clobber: says which registers and flags to overwrite before each counter, given its
                 address and the mask of what is dead there; a check of the analysis.
             amend: changes the plan before it is committed; for tests that seed faults.
@@ -318,8 +315,6 @@ class Session:
             ...     k.run(["true"])
             >>> hits.rows()  # doctest: +SKIP
         """
-        if engine == "weave":
-            return self._count_woven(points, partial)
         choice = self._choose(points, partial, tactics)
         if clobber:
             choice = clobbering(choice, clobber)
@@ -329,25 +324,42 @@ class Session:
             self._attachments.append(attachment)
         return attachment
 
-    def _count_woven(self, points: Sequence[str], partial: bool) -> Counts:
+    def weave(self, *points: str, partial: bool = False) -> WovenCounts:
+        """Count points in clones of their functions, where no point needs a trap.
+
+        Args:
+            points: as in the point grammar.
+            partial: count what can be counted even of explicitly named points.
+
+        Raises:
+            UsageError: not a point.
+            RefusedError: an explicitly named point cannot be counted, or none at all.
+            DriverError: the kernel or the driver refuses; nothing was changed.
+
+        Example:
+            >>> with kernweave.connect() as k, k.weave("vfs_read@insns") as hits:  # doctest: +SKIP
+            ...     k.run(["true"])
+        """
         specs = self._parse(points)
         self._view.refresh()
-        self._weaver.prepare()
+        self.weaver.prepare()
         for _ in range(_TRIES):
             self._view.refresh()
-            found = self._weaver.find(Resolver(self._view).resolve(specs))
+            found = self.weaver.find(Resolver(self._view).resolve(specs))
             if not self._view.is_current():
                 continue
             check_refusals(found, partial)
             with _undivided():
-                live = self._weaver.enter(found)
+                live = self.weaver.enter(found)
                 if live:
-                    self._attachments.append(WovenCounts(self._driver, found, live))
-                    return self._attachments[-1]
+                    counts = WovenCounts(self._driver, found, live)
+                    self._attachments.append(counts)
+                    return counts
         raise DriverError("this kernel's text changes too fast to weave it", errno.EBUSY)
 
     @cached_property
-    def _weaver(self) -> Weaver:
+    def weaver(self) -> Weaver:
+        """Makes clones, for tools that need more than counts."""
         seen = self._view, self._analysis, self._hooks
         return Weaver(
             self._driver, self._link, seen, lambda: driver_file(self.target, self._progress)

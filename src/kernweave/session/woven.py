@@ -129,6 +129,16 @@ class Weaver:
         rules = Rules(bool(flags & Fact.LINE), bool(flags & Fact.LOCKS_LIVE))
         return find_clonable(resolved, self._analysis.source(), rules)
 
+    def load(self, source: Source, scope: Scope, counters: Counters) -> Live:
+        """Clones that nothing leads to yet.
+
+        Args:
+            source: `Analysis.source`, since the view was refreshed.
+            scope: what is woven.
+            counters: what is counted.
+        """
+        return Live(self._kernel, source, scope, counters)
+
     @cached_property
     def _kernel(self) -> Kernel:
         spans = find_spans(self._driver.lookup, live=True)
@@ -142,7 +152,7 @@ class Weaver:
 
     def enter(self, found: Clonable) -> Live | None:
         """Weave; None if the kernel's text changed meanwhile, and nothing was done."""
-        live = Live(self._kernel, found.source, found.scope, found.counters)
+        live = self.load(found.source, found.scope, found.counters)
         try:
             if self._is_current(live):
                 live.enter()

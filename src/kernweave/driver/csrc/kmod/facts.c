@@ -52,6 +52,7 @@ int kw_facts(struct kw_out *out)
 	f->yield = (unsigned long)kw_ftrace_yield;
 	f->kprobe_yield = (unsigned long)kw_kprobe_yield;
 	f->text_yield = (unsigned long)kw_text_yield;
+	f->livepatch_yield = (unsigned long)kw_livepatch_yield;
 	f->native = (unsigned long)kw_native_addr;
 	f->pinned = kw_count_pinned();
 	f->flags = kw_fact_flags();

@@ -186,10 +186,12 @@ int kw_weave(struct kw_session *s, const struct kw_weave *req, const u8 *rows, s
 int kw_weave_move(struct kw_session *s, const struct kw_slice *req, struct kw_out *out);
 int kw_weave_closed(struct kw_session *s, const struct kw_slice *req, struct kw_out *out);
 void kw_weave_free(struct kw_code *code);
+void kw_weave_exit(void);
 u32 kw_weave_visitors(struct kw_code *code);
 bool kw_weave_is_entry(const struct kw_code *code, u64 addr, u64 target);
 void kw_weave_close(struct kw_code *code);
 void kw_weave_close_at(u64 addr, u64 len);
+void kw_livepatch_yield(void);
 void kw_text_yield(unsigned long addr, const u8 *bytes, size_t len);
 
 int kw_text_commit(struct kw_session *s, const struct kw_commit *req, const struct kw_poke *pokes,

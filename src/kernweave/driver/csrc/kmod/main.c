@@ -311,6 +311,7 @@ static void __exit kw_exit(void)
 	kw_traps_exit();
 	kw_undo_exit();
 	kw_areas_exit();
+	kw_weave_exit();
 	kw_group_exit();
 }
 

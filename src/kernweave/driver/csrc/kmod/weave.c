@@ -16,7 +16,7 @@
  *   6. nobody is: the kmod is let go.
  *
  * A function whose text is changed in a way that has no counterpart in its clone
- * is closed: it loses its jump and its slot.
+ * is closed: it loses its jump and its slot, and soon everybody in it.
  */
 #include <linux/ftrace.h>
 #include <linux/ktime.h>
@@ -31,6 +31,8 @@
 #include "kw.h"
 
 #define KW_MAX_ROWS (1u << 23)
+#define KW_SETTLE_JIFFIES max(HZ / 100, 1)
+#define KW_SETTLE_TRIES 500
 
 static const u8 kw_nop5[KW_JMP_LEN] = { 0x0f, 0x1f, 0x44, 0x00, 0x00 };
 
@@ -47,10 +49,14 @@ struct kw_weaving {
 	const struct kw_place *returns;
 	const struct kw_place *insns;
 	u8 *closed; /* per entry; under text_mutex */
+	bool closing; /* somebody may still be in what is closed; under text_mutex */
 };
 
 static LIST_HEAD(kw_weavings); /* under text_mutex */
 static bool kw_mirroring;      /* what is written now is for a clone; under text_mutex */
+
+static void kw_settle(struct work_struct *work);
+static DECLARE_DELAYED_WORK(kw_settler, kw_settle);
 
 /* ---- rows ---- */
 
@@ -308,9 +314,12 @@ void kw_weave_close(struct kw_code *code)
 static void kw_close_entry(struct kw_weaving *w, u32 row)
 {
 	kw_yield_evict(w->entries[row].site);
-	if (kw_close_slot(w, row))
+	if (kw_close_slot(w, row)) {
+		w->closing = true;
+		schedule_delayed_work(&kw_settler, 0);
 		pr_info_ratelimited("%ps is native again: its text is changed\n",
 				    (void *)w->entries[row].body);
+	}
 	kw_flush_clones();
 }
 
@@ -420,6 +429,7 @@ void kw_text_yield(unsigned long addr, const u8 *bytes, size_t len)
 struct kw_move {
 	const struct kw_weaving *w;
 	enum kw_side side;
+	bool some; /* only who is in a function that is closed */
 	atomic_t places;
 	atomic_t visitors;
 	atomic_t pid;
@@ -450,25 +460,61 @@ static u64 kw_other_side(const struct kw_weaving *w, const struct kw_place *plac
 	return 0;
 }
 
+/* Whether a native address is in a function that is closed. */
+static bool kw_is_closed(const struct kw_weaving *w, u64 native)
+{
+	s64 row = kw_find_row(w->parts, w->n.parts, native);
+
+	return row >= 0 && w->closed[w->parts[row].entry];
+}
+
+/* The native instruction at or before a place in a clone. */
+static u64 kw_native_near(const struct kw_weaving *w, u64 clone)
+{
+	u32 lo = 0, hi = w->n.insns;
+
+	while (lo < hi) {
+		u32 mid = lo + (hi - lo) / 2;
+
+		if (w->insns[mid].clone <= clone - w->start)
+			lo = mid + 1;
+		else
+			hi = mid;
+	}
+	return lo ? w->n.native_base + w->insns[lo - 1].native : 0;
+}
+
+/* Whether what the instruction around an address does is to be moved. */
+static bool kw_is_concerned(const struct kw_move *m, u64 inside)
+{
+	if (m->side == KW_CLONE)
+		return !kw_is_closed(m->w, inside);
+	if (!kw_is_clone(m->w, inside))
+		return false;
+	return !m->some || kw_is_closed(m->w, kw_native_near(m->w, inside));
+}
+
 static u64 kw_other_return(const struct kw_move *m, u64 addr)
 {
 	return kw_other_side(m->w, m->w->returns, m->w->n.returns, m->side, addr);
 }
 
 /* Whether a place had to be changed and could not be. */
-static bool kw_move_place(struct kw_move *m, unsigned long *at, u64 to)
+static bool kw_move_place(struct kw_move *m, unsigned long *at, u64 inside, u64 to)
 {
+	if (!kw_is_concerned(m, inside))
+		return false;
 	if (to) {
 		WRITE_ONCE(*at, to);
 		atomic_inc(&m->places);
 		return false;
 	}
-	return m->side == KW_NATIVE && kw_is_clone(m->w, *at);
+	return m->side == KW_NATIVE;
 }
 
 static bool kw_move_return(struct kw_move *m, unsigned long *at)
 {
-	return kw_move_place(m, at, kw_other_return(m, *at));
+	return kw_move_place(m, at, *at - 1, kw_other_return(m, *at));
 }
 
 /* Who is interrupted is moved out only: what is before a counter there is behind one here. */
@@ -476,9 +522,9 @@ static bool kw_move_ip(struct kw_move *m, struct pt_regs *regs)
 {
 	const struct kw_weaving *w = m->w;
 
-	if (m->side != KW_NATIVE || !kw_is_clone(w, regs->ip))
+	if (m->side != KW_NATIVE)
 		return false;
-	return kw_move_place(m, &regs->ip,
+	return kw_move_place(m, &regs->ip, regs->ip,
 			     kw_other_side(w, w->insns, w->n.insns, KW_NATIVE, regs->ip));
 }
 
@@ -552,7 +598,7 @@ static void kw_move_task(struct kw_move *m, struct task_struct *task)
 
 static bool kw_has_stack(struct task_struct *task)
 {
-	return !READ_ONCE(task->on_cpu) && task_stack_page(task) &&
+	return task && !READ_ONCE(task->on_cpu) && task_stack_page(task) &&
 	       refcount_read(&task->stack_refcount);
 }
 
@@ -571,7 +617,7 @@ static int kw_move_all(void *data)
 		if (kw_has_stack(task))
 			kw_move_task(m, task);
 	for_each_possible_cpu(cpu)
-		if (kw_syms.idle_task && kw_has_stack(kw_syms.idle_task(cpu)))
+		if (kw_has_stack(kw_syms.idle_task(cpu))) /* none if the CPU was never there */
 			kw_move_task(m, kw_syms.idle_task(cpu));
 	m->stop_ns = ktime_to_ns(ktime_sub(ktime_get(), since));
 	return 0;
@@ -580,6 +626,80 @@ static int kw_move_all(void *data)
 static void kw_move(struct kw_move *m)
 {
 	stop_machine(kw_move_all, m, cpu_online_mask);
+}
+
+static u32 kw_move_some(struct kw_weaving *w)
+{
+	struct kw_move m = { .w = w, .side = KW_NATIVE, .some = true };
+
+	kw_move(&m);
+	return atomic_read(&m.visitors);
+}
+
+/* Send who is in a function that was closed back to native code; again until nobody is. */
+static void kw_settle(struct work_struct *work)
+{
+	struct kw_weaving *w;
+	bool again = false;
+
+	mutex_lock(&kw_lock);
+	list_for_each_entry(w, &kw_weavings, link) { /* changed with kw_lock held, too */
+		mutex_lock(kw_syms.text_mutex);
+		if (!w->closing) {
+			mutex_unlock(kw_syms.text_mutex);
+			continue;
+		}
+		w->closing = false;
+		mutex_unlock(kw_syms.text_mutex);
+		if (!kw_move_some(w))
+			continue;
+		mutex_lock(kw_syms.text_mutex);
+		w->closing = true;
+		mutex_unlock(kw_syms.text_mutex);
+		again = true;
+	}
+	mutex_unlock(&kw_lock);
+	if (again)
+		schedule_delayed_work(&kw_settler, KW_SETTLE_JIFFIES);
+}
+
+static bool kw_is_closing(void)
+{
+	struct kw_weaving *w;
+	bool found = false;
+
+	mutex_lock(kw_syms.text_mutex);
+	list_for_each_entry(w, &kw_weavings, link)
+		found |= w->closing;
+	mutex_unlock(kw_syms.text_mutex);
+	return found || delayed_work_pending(&kw_settler);
+}
+
+/*
+ * Called by the trampoline in klp_start_transition(), when the functions that are
+ * patched were closed: who is in a clone is in the old function, which the kernel
+ * would not see.
+ */
+void kw_livepatch_yield(void)
+{
+	int tries;
+
+	kw_yield_begin();
+	for (tries = 0; tries < KW_SETTLE_TRIES; tries++) {
+		flush_delayed_work(&kw_settler);
+		if (!kw_is_closing())
+			break;
+		schedule_timeout_uninterruptible(KW_SETTLE_JIFFIES);
+	}
+	if (tries == KW_SETTLE_TRIES)
+		pr_warn("somebody stays in a clone of a function that is patched\n");
+	kw_yield_end();
+}
+
+void kw_weave_exit(void)
+{
+	cancel_delayed_work_sync(&kw_settler);
+	WARN_ON(!list_empty(&kw_weavings));
 }
 
 /* Tasks that are still in clones of a generation that is quiescent otherwise. */
