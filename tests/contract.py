@@ -20,6 +20,7 @@ from contract_sessions import Sessions, Target
 from contract_text import TextContract
 from contract_traps import TrapContract
 from contract_undo import UndoContract
+from contract_weave import WeaveContract
 
 
 class DriverContract(
@@ -31,6 +32,7 @@ class DriverContract(
     TrapContract,
     GroupContract,
     CopiesContract,
+    WeaveContract,
 ):
     """All of it; a subclass adds the fixture `target`."""
 

@@ -57,6 +57,9 @@ _RULES: dict[int, tuple[int, bool]] = {  # smallest payload, needs a writer
     Op.ARM: (uapi.COMMIT.itemsize, True),
     Op.DISARM: (uapi.SIZE.itemsize, True),
     Op.COPIES: (uapi.SLICE.itemsize, True),
+    Op.WEAVE: (uapi.WEAVE.itemsize, True),
+    Op.MOVE: (uapi.SLICE.itemsize, True),
+    Op.CLOSED: (uapi.SLICE.itemsize, True),
 }
 
 
@@ -319,11 +322,24 @@ class FakeSession:
         self._kernel.areas.write(self._area(area_id), off, size, data)
 
     def _seal(self, payload: bytes, out: Out) -> None:
-        self._area(_slice(payload)[0]).sealed = True
+        area = self._area(_slice(payload)[0])
+        refuse_if(not area.size, errno.EPERM)
+        area.sealed = True
 
     def _counters(self, payload: bytes, out: Out) -> None:
         area_id, index, size = _slice(payload)
         out.put(self._kernel.areas.counters(self._area(area_id), index, size))
+
+    def _weave(self, payload: bytes, out: Out) -> None:
+        """Refuse: no kmod of a fake kernel has code, and so none has clones."""
+        head = np.frombuffer(payload[: uapi.WEAVE.itemsize], uapi.WEAVE)[0]
+        refuse_if(self._area(int(head["area"])).size > 0, errno.EPERM)
+        raise RefusalError(errno.ENOENT)
+
+    def _clones(self, area_id: int) -> None:
+        """Refuse: no area has clones."""
+        self._area(area_id)
+        raise RefusalError(errno.ENOENT)
 
     def _free(self, payload: bytes, out: Out) -> None:
         area = self._area(_slice(payload)[0])
@@ -410,6 +426,9 @@ _HANDLERS: dict[Op, Handler] = {
     Op.ARM: FakeSession._arm,
     Op.DISARM: FakeSession._disarm,
     Op.COPIES: FakeSession._copies,
+    Op.WEAVE: FakeSession._weave,
+    Op.MOVE: lambda s, payload, _: s._clones(_slice(payload)[0]),
+    Op.CLOSED: lambda s, payload, _: s._clones(_slice(payload)[0]),
 }
 
 

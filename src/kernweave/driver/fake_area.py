@@ -60,7 +60,7 @@ class Areas:
 
     def alloc(self, size: int) -> FakeArea:
         """Writable memory filled with int3: `kw_area_alloc`."""
-        refuse_if(not 0 < size <= uapi.MAX_CODE, errno.E2BIG)
+        refuse_if(not 0 <= size <= uapi.MAX_CODE, errno.E2BIG)
         area = FakeArea(self._next_id, self._next_addr, -(-size // PAGE) * PAGE)
         self._memory.map(area.addr, b"\xcc" * area.size)
         self._next_id += 1

@@ -208,6 +208,10 @@ void kw_text_flush(void);
 void kw_text_lock(void);
 void kw_text_unlock(void);
 
+void kw_poke_rows(struct kw_txn *t, const u32 *rows, u32 count, bool restore);
+void kw_poke_back(const struct kw_poke *p);
+struct kw_txn *kw_poke_writing(void);
+
 int kw_check_jumps(struct kw_txn *t, u32 *bad);
 struct kw_poke *kw_poke_at(struct kw_txn *t, u64 addr);
 struct kw_poke *kw_poke_around(struct kw_txn *t, u64 addr);
