@@ -17,6 +17,7 @@ from kernweave.session.generations import Live
 from kernweave.session.session import Session
 from kernweave.weave.clonemap import CloneMap, make_map
 from kernweave.weave.counters import (
+    Place,
     select_blocks,
     select_calls,
     select_insns,
@@ -127,7 +128,9 @@ def _differences(
 ) -> list[str]:
     """Counters that are not what was executed of their copies."""
     counters, clones = live.counters, _map(live)
-    native = live.woven.source.tables.instructions.addr[counters.insn]
+    # behind an endbr64 and the slot: whoever finds that closed goes on natively
+    insn = counters.insn + (counters.place == Place.BEHIND)
+    native = live.woven.source.tables.instructions.addr[insn]
     clone = clones.clones_of(native)
     again = np.array([restarts.get(addr, 0) for addr in clone.tolist()], np.int64)
     seen = executed.at(clone).astype(np.int64) - again
@@ -143,6 +146,17 @@ def _differences(
     print(json.dumps(row))
     assert row["functions"] > 1500 and row["hit"] > 40_000
     return [
-        f"{native[at]:#x}: {hits[at]} hits, {seen[at]} executions of {clone[at]:#x}"
+        f"{_name(live, int(native[at]))}: {hits[at]} hits, {seen[at]} executions"
         for at in np.flatnonzero(wrong).tolist()
     ]
+
+
+def _name(live: Live, addr: int) -> str:
+    """Function, offset and bytes of a native instruction."""
+    source = live.woven.source
+    functions, instructions = source.tables.functions, source.tables.instructions
+    insn = int(np.searchsorted(instructions.addr, np.uint64(addr)))
+    row = int(instructions.function[insn])
+    at = addr - source.base
+    code = source.text[at : at + int(instructions.length[insn])].tobytes().hex(" ")
+    return f"{live.woven.names[row]}+{addr - int(functions.addr[row]):#x} ({code})"

@@ -108,6 +108,8 @@ struct kw_syms {
 	void (*poke_queue)(void *addr, const void *opcode, size_t len, const void *emulate);
 	void (*poke_finish)(void);
 	void *(*poke)(void *addr, const void *opcode, size_t len);
+	void *(*poke_with)(void (*write)(void *to, const void *src, size_t len), void *addr,
+			   const void *src, size_t len);
 	void (*poke_sync)(void);
 	struct mutex *text_mutex;
 	void *(*module_alloc)(unsigned long size);

@@ -9,9 +9,9 @@
  * Whoever hits an int3 meanwhile is sent where the jump leads, which is right before
  * as well as after (group.c).
  *
- * The kernel maps and unmaps a page for each write, three times a site.  That takes
- * longer than all the rest, so here the sites of one page are written together, and
- * what lies between them as it is.
+ * The kernel maps and unmaps a page for each write, three times a site, which takes
+ * longer than all the rest.  So here one mapping serves all sites of a page, where the
+ * kernel's function that maps can be called.
  */
 #include "kw.h"
 
@@ -79,34 +79,44 @@ static u32 kw_run_end(const struct kw_batch *b, u32 i, enum kw_step step)
 	return i;
 }
 
-static void kw_write_run(const struct kw_batch *b, u32 from, u32 to, enum kw_step step)
+struct kw_run {
+	const struct kw_batch *b;
+	u32 from;
+	u32 to;
+	enum kw_step step;
+	u64 start;
+};
+
+/* Called back by __text_poke(), where `to` is a writable mapping of the run's start. */
+static void kw_write_run(void *to, const void *src, size_t len)
 {
-	static u8 run[PAGE_SIZE]; /* under text_mutex */
-	struct kw_piece piece = kw_piece(b, to - 1, step);
-	u64 start = kw_piece(b, from, step).addr;
-	u64 size = piece.addr + piece.len - start;
+	const struct kw_run *run = src;
+	struct kw_piece piece;
 	u32 i;
 
-	memcpy(run, (void *)start, size);
-	for (i = from; i < to; i++) {
-		piece = kw_piece(b, i, step);
-		memcpy(run + (piece.addr - start), piece.bytes, piece.len);
+	for (i = run->from; i < run->to; i++) {
+		piece = kw_piece(run->b, i, run->step);
+		memcpy(to + (piece.addr - run->start), piece.bytes, piece.len);
 	}
-	kw_syms.poke((void *)start, run, size);
 }
 
 static void kw_write_step(const struct kw_batch *b, enum kw_step step)
 {
-	struct kw_piece piece;
+	struct kw_piece first, last;
 	u32 i, end;
 
 	for (i = 0; i < b->count; i = end) {
-		end = kw_run_end(b, i, step);
-		piece = kw_piece(b, i, step);
-		if (end > i)
-			kw_write_run(b, i, end, step);
-		else if (piece.len) /* reaches from one page into the next */
-			kw_syms.poke((void *)piece.addr, piece.bytes, piece.len);
+		first = kw_piece(b, i, step);
+		end = kw_syms.poke_with ? kw_run_end(b, i, step) : i;
+		if (end > i + 1) {
+			struct kw_run run = { b, i, end, step, first.addr };
+
+			last = kw_piece(b, end - 1, step);
+			kw_syms.poke_with(kw_write_run, (void *)first.addr, &run,
+					  last.addr + last.len - first.addr);
+		} else if (first.len) {
+			kw_syms.poke((void *)first.addr, first.bytes, first.len);
+		}
 		end = max(end, i + 1);
 	}
 }
