@@ -288,7 +288,7 @@ class Lab:
         try:
             state = self._start(qemu, argv, kernel, initramfs, hardware, no_driver)
         except QemuError as fault:  # the guest has not done anything yet: once more
-            progress(f"booting again: {fault.message}: {fault.notes[-1]}")
+            progress(": ".join(("booting again", fault.message, *fault.notes[-1:])))
             state = self._start(qemu, argv, kernel, initramfs, hardware, no_driver)
         refusal = None if no_driver else driver_refusal(self.log())
         if refusal is not None:
