@@ -128,14 +128,3 @@ def test_checked_out_commit_has_its_own_subject() -> None:
         pytest.skip("not in a clone")
     assert rows.has_subject(rows.head())
     assert not rows.has_subject("0" * 40)
-
-
-def test_what_is_no_subject_of_tortures_is_not_used_by_sessions() -> None:
-    package = rows.ROOT / "src/kernweave"
-    weave = rows.ROOT / rows.NOT_USED
-    users = [
-        path
-        for path in package.rglob("*.py")
-        if weave not in path.parents and "kernweave.weave" in path.read_text()
-    ]
-    assert weave.is_dir() and users == []

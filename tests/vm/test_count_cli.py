@@ -120,7 +120,7 @@ def test_count_without_command_ends_at_interrupt_as_success(run: Kernweave, mach
         (["count", "vfs_read", "--for", "0"], 2, ["--for 0 is no time"]),
         (["count", "vfs_read@edges"], 2, ["@edges is not there yet"]),
         (["count", "vfs_read", "--scope", "flow"], 2, ["--scope is not there yet"]),
-        (["count", "vfs_read", "--engine", "weave"], 2, ["weave is not there yet"]),
+        (["count", "vfs_read", "--engine", "weave", "--tactic", "jmp32"], 2, ["contradict"]),
         (["count", "vfs_read", "-o", "x.xml"], 2, ["cannot write x.xml", ".jsonl, .csv"]),
         (["count", "vfs_read", "-o", "/no/folder/x.csv"], 2, ["no folder /no/folder"]),
         (["count", "vfs_read", "--no-trap", "--tactic", "int3"], 2, ["contradict"]),
