@@ -194,7 +194,7 @@ bool kw_weave_is_entry(const struct kw_code *code, u64 addr, u64 target);
 void kw_weave_close(struct kw_code *code);
 void kw_weave_close_at(u64 addr, u64 len);
 void kw_livepatch_yield(void);
-void kw_text_yield(unsigned long addr, const u8 *bytes, size_t len);
+void kw_text_yield(unsigned long addr, const u8 *bytes, size_t len, const u8 *emulate);
 
 int kw_text_commit(struct kw_session *s, const struct kw_commit *req, const struct kw_poke *pokes,
 		   size_t len, struct kw_out *out);

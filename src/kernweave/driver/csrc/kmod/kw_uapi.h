@@ -102,7 +102,7 @@ struct kw_facts {
 	__u64 text_end;     /* _etext */
 	__u64 yield;        /* address to be called before ftrace changes text */
 	__u64 kprobe_yield; /* the same before a kprobe is put at its argument */
-	__u64 text_yield;   /* the same before text is patched: with an address, bytes, their number */
+	__u64 text_yield;   /* the same before text is patched: the arguments of text_poke_bp() */
 	__u64 livepatch_yield; /* the same before a livepatch looks where tasks are */
 	__u64 native;       /* address that gives the native address for that of a copy */
 	__u64 pinned;       /* sites that could not be restored yet */

@@ -264,12 +264,15 @@ static void kw_jump(u8 *to, u64 from, u64 target)
 	memcpy(to + 1, &rel, sizeof(rel));
 }
 
-/* Write to a clone through the kernel's int3 protocol; flushed by the caller. */
-static void kw_write_clone(u64 addr, const u8 *bytes)
+/*
+ * Write to a clone through the kernel's int3 protocol; flushed by the caller.  Who
+ * hits the int3 does what `emulate` says, or else the bytes.
+ */
+static void kw_write_clone(u64 addr, const u8 *bytes, const u8 *emulate)
 {
 	lockdep_assert_held(kw_syms.text_mutex);
 	kw_mirroring = true;
-	kw_syms.poke_queue((void *)addr, bytes, KW_JMP_LEN, NULL);
+	kw_syms.poke_queue((void *)addr, bytes, KW_JMP_LEN, emulate);
 	kw_mirroring = false;
 }
 
@@ -290,7 +293,7 @@ static bool kw_close_slot(struct kw_weaving *w, u32 row)
 		return false;
 	w->closed[row] = 1;
 	kw_jump(jump, e->slot, e->body);
-	kw_write_clone(e->slot, jump);
+	kw_write_clone(e->slot, jump, NULL);
 	return true;
 }
 
@@ -359,8 +362,8 @@ int kw_weave_closed(struct kw_session *s, const struct kw_slice *req, struct kw_
 
 /* ---- mirror ---- */
 
-/* What the copy is to be, if the native bytes become these; false: nobody knows. */
-static bool kw_mirror_bytes(const struct kw_mirror *m, const u8 *bytes, u8 *to)
+/* What the copy is to be if the native bytes become these. */
+static void kw_mirror_bytes(const struct kw_mirror *m, const u8 *bytes, u8 *to)
 {
 	s32 rel;
 
@@ -369,7 +372,7 @@ static bool kw_mirror_bytes(const struct kw_mirror *m, const u8 *bytes, u8 *to)
 			kw_jump(to, m->clone, m->target);
 		else
 			memcpy(to, kw_nop5, KW_JMP_LEN);
-		return true;
+		return;
 	}
 	memcpy(to, bytes, KW_JMP_LEN);
 	if (bytes[0] == CALL_INSN_OPCODE || bytes[0] == KW_JMP_OPCODE) {
@@ -377,19 +380,22 @@ static bool kw_mirror_bytes(const struct kw_mirror *m, const u8 *bytes, u8 *to)
 		kw_jump(to, m->clone, m->native + KW_JMP_LEN + rel);
 		to[0] = bytes[0];
 	}
-	return true;
 }
 
-static bool kw_mirror(struct kw_weaving *w, u64 addr, const u8 *bytes, size_t len)
+static bool kw_mirror(struct kw_weaving *w, u64 addr, const u8 *bytes, size_t len,
+		      const u8 *emulate)
 {
 	s64 row = kw_find_row(w->mirrors, w->n.mirrors, addr);
 	const struct kw_mirror *m = &w->mirrors[row];
-	u8 copy[KW_JMP_LEN];
+	u8 copy[KW_JMP_LEN], instead[KW_JMP_LEN];
 
-	if (row < 0 || m->native != addr || m->len != len || !kw_mirror_bytes(m, bytes, copy))
+	if (row < 0 || m->native != addr || m->len != len)
 		return false;
+	kw_mirror_bytes(m, bytes, copy);
+	if (emulate)
+		kw_mirror_bytes(m, emulate, instead);
 	if (memcmp((void *)m->clone, copy, sizeof(copy))) {
-		kw_write_clone(m->clone, copy);
+		kw_write_clone(m->clone, copy, emulate ? instead : NULL);
 		kw_flush_clones();
 	}
 	return true;
@@ -411,7 +417,7 @@ static bool kw_is_own(const struct kw_weaving *w, u64 addr, const u8 *bytes, siz
  * Called by the trampolines in the functions through which all text is patched
  * that may be executed meanwhile, text_mutex held; may sleep.
  */
-void kw_text_yield(unsigned long addr, const u8 *bytes, size_t len)
+void kw_text_yield(unsigned long addr, const u8 *bytes, size_t len, const u8 *emulate)
 {
 	struct kw_weaving *w;
 
@@ -419,7 +425,7 @@ void kw_text_yield(unsigned long addr, const u8 *bytes, size_t len)
 		return;
 	kw_yield_begin();
 	list_for_each_entry(w, &kw_weavings, link)
-		if (!kw_mirror(w, addr, bytes, len) && !kw_is_own(w, addr, bytes, len))
+		if (!kw_mirror(w, addr, bytes, len, emulate) && !kw_is_own(w, addr, bytes, len))
 			kw_close_around(w, addr, len);
 	kw_yield_end();
 }
