@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from kernweave.analysis.imagefile import FileText, load_file
+from kernweave.driver.uapi import PatchedKind
 from kernweave.errors import UnsupportedError
 from kernweave.image.orc import OrcReg
 from kernweave.image.tables import Layout as TableLayout
@@ -22,6 +23,7 @@ from kernweave.weave.bind import translate
 from kernweave.weave.clonemap import bugs_of, exceptions_of, make_map
 from kernweave.weave.counters import make_counters, select_blocks, select_insns
 from kernweave.weave.generation import Template, Woven, make_generation, read_template
+from kernweave.weave.handover import make_handover
 from kernweave.weave.layout import lay_out
 from kernweave.weave.orc import orc_of
 from kernweave.weave.scope import find_scope
@@ -181,3 +183,62 @@ def test_bug_tables_of_another_layout_are_refused(made: Made) -> None:
     woven = replace(made.woven, native=replace(made.file.tables, layout=other))
     with pytest.raises(UnsupportedError, match="rows of 16 bytes"):
         make_generation(woven, TEMPLATE, "kernweave_7")
+
+
+# ---- what the driver is told ---------------------------------------------------------------------
+
+NOP5 = bytes.fromhex("0f1f440000")
+
+
+def test_driver_is_told_of_entries_and_parts_in_order(made: Made) -> None:
+    rows = make_handover(made.woven, "kernweave_0", made.base)
+    source, functions = made.woven.source, made.woven.source.tables.functions
+    assert (np.diff(rows.entries["site"].astype(np.int64)) > 0).all()
+    assert np.isin(rows.entries["site"], source.sites.ftrace).all()
+    for row in rows.entries:
+        assert made.loaded.read(int(row["slot"]), 5) == NOP5
+        assert 0 <= int(row["slot"]) - int(row["clone"]) <= 4
+        assert 0 <= int(row["body"]) - int(row["site"]) <= 5
+    assert (rows.parts["start"][1:] >= rows.parts["end"][:-1]).all()
+    assert int(made.woven.scope.woven.sum()) == len(rows.parts)
+    part = np.searchsorted(functions.addr, rows.parts["start"])
+    home = np.searchsorted(functions.addr, rows.entries["site"], side="right") - 1
+    assert (functions.parent[part] == home[rows.parts["entry"]]).all()
+
+
+def test_driver_is_told_where_calls_return_and_instructions_begin(made: Made) -> None:
+    rows = make_handover(made.woven, "kernweave_0", made.base)
+    source, text = made.woven.source, made.woven.source.text
+    instructions = source.tables.instructions
+    for places in (rows.returns, rows.insns):
+        assert (np.diff(places["clone"].astype(np.int64)) >= 0).all()
+        assert (np.diff(places["native"].astype(np.int64)) >= 0).all()
+    native = rows.insns["native"].astype(np.uint64) + np.uint64(rows.native_base)
+    assert np.isin(native, instructions.addr).all()
+    clone = np.frombuffer(bytes(made.loaded.data[".text"]), np.uint8)
+    ends = rows.returns["native"].astype(np.int64), rows.returns["clone"].astype(np.int64)
+    calls = np.isin(text[ends[0] - 5], (0xE8,)) | np.isin(text[ends[0] - 2], (0xFF, 0x41))
+    assert calls.mean() > 0.9  # the others have operands or prefixes
+    direct = text[ends[0] - 5] == 0xE8
+    assert (clone[ends[1] - 5][direct] == 0xE8).mean() > 0.99
+    starts = rows.insns["native"].astype(np.int64), rows.insns["clone"].astype(np.int64)
+    begins = np.append(np.diff(starts[0]) > 0, True)  # the copies: behind their counters
+    plain = begins & (text[starts[0]] == 0x55)  # push %rbp
+    assert plain.sum() > 100 and (clone[starts[1][plain]] == 0x55).all()
+
+
+def test_driver_is_told_of_what_the_kernel_patches(made: Made) -> None:
+    rows = make_handover(made.woven, "kernweave_0", made.base).mirrors
+    source = made.woven.source
+    sites = np.concatenate((source.sites.jump_labels, source.sites.static_calls))
+    assert np.isin(rows["native"], sites).all() and len(rows) > 50
+    for row in rows:
+        at = int(row["native"]) - source.base
+        native, clone = source.text[at : at + 5].tobytes(), made.loaded.read(int(row["clone"]), 5)
+        if row["kind"] == PatchedKind.JUMP_LABEL and native[0] in b"\xe9\xeb":
+            away = int.from_bytes(clone[1:], "little", signed=True)
+            assert clone[0] == 0xE9 and int(row["clone"]) + 5 + away == int(row["target"])
+        elif row["kind"] == PatchedKind.JUMP_LABEL:
+            assert clone == NOP5
+        else:
+            assert row["len"] == 5 and clone[0] == native[0]

@@ -69,6 +69,7 @@ class PokeFlag(IntFlag):
     GROUP = 1
     HOST = 2
     KEEP = 4
+    STAY = 8
 
 
 class PatchedKind(IntEnum):

@@ -64,6 +64,7 @@ class Pokes:
         group: bool[k], replaces several instructions: somebody may be between them.
         host: bool[k], is a springboard, or has some behind its jump.
         keep: bool[k], stays as long as any area has copies.
+        stay: bool[k], stays as long as any area has clones.
     """
 
     addr: npt.NDArray[np.uint64]
@@ -72,6 +73,7 @@ class Pokes:
     group: npt.NDArray[np.bool_]
     host: npt.NDArray[np.bool_]
     keep: npt.NDArray[np.bool_]
+    stay: npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)

@@ -449,6 +449,7 @@ def make_pokes(pokes: Pokes) -> npt.NDArray[np.void]:
         (pokes.group, PokeFlag.GROUP),
         (pokes.host, PokeFlag.HOST),
         (pokes.keep, PokeFlag.KEEP),
+        (pokes.stay, PokeFlag.STAY),
     )
     for mask, flag in flags:
         rows["flags"] |= mask * np.uint32(flag)

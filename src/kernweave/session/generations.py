@@ -31,7 +31,6 @@ from kernweave.weave.source import I32, Source
 _CHUNK = uapi.MAX_PERCPU
 _COUNTER_BYTES = 8
 _LEAVE_S = 2.0
-_AGAIN_S = 0.01
 _NOP5 = np.frombuffer(bytes.fromhex("0f1f440000"), np.uint8)
 _JUMP = 0xE9
 
@@ -61,7 +60,7 @@ class Left:
 
     Attributes:
         stops: what each stop of the machine did.
-        visitors: tasks that are in clones still.
+        visitors: tasks that are in clones still, or were a moment ago.
         closed: bool[e], entries that somebody else's patch took before.
         stuck: addresses that could not be restored.
     """
@@ -85,6 +84,14 @@ class Live:
         self._kernel = kernel
         self._entered: int | None = None
         self.area = driver.area(0)
+        try:
+            self._load(source, scope, counters)
+        except BaseException:
+            driver.free(self.area)
+            raise
+
+    def _load(self, source: Source, scope: Scope, counters: Counters) -> None:
+        kernel, driver = self._kernel, self._kernel.driver
         self.chunks = _chunks(driver, self.area, len(counters.insn))
         offsets = _offsets(self.chunks, len(counters.insn))
         layout = lay_out(source, scope, counters)
@@ -146,25 +153,28 @@ class Live:
         closed = driver.closed(self.area)
         if self._entered is not None:
             stuck = driver.undo(self._entered).stuck_addrs
+            closed = closed | (driver.states(self._entered) == uapi.State.EVICTED)
         if stuck:
             return Left(stops, 0, closed, stuck)
-        driver.quiesce()
         deadline = time.monotonic() + _LEAVE_S
         while True:
+            driver.quiesce()  # again after each move: who was moved may know the place it had
             stops += (driver.move(self.area, Side.NATIVE),)
-            if not stops[-1].visitors or time.monotonic() > deadline:
-                return Left(stops, stops[-1].visitors, closed, stuck)
-            time.sleep(_AGAIN_S)
+            inside = stops[-1].visitors + stops[-1].places
+            if not inside or time.monotonic() > deadline:
+                return Left(stops, inside, closed, stuck)
 
-    def free(self) -> int:
-        """Free everything; how many tasks keep the clones in memory, for the driver to wait for."""
+    def free(self) -> None:
+        """Free everything; nobody is in a clone.
+
+        Raises:
+            DriverError: EAGAIN or EBUSY, if somebody may be, or something still leads there.
+        """
         kernel = self._kernel
-        visitors = kernel.driver.free(self.area)
+        kernel.driver.free(self.area)
         if self._entered is not None:
             kernel.driver.forget(self._entered)
-        if not visitors:
-            kernel.link.unload_kmod(self.kmod)
-        return visitors
+        kernel.link.unload_kmod(self.kmod)
 
 
 def _chunks(driver: Driver, area: Area, counters: int) -> tuple[Chunk, ...]:

@@ -11,9 +11,9 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from kernweave.driver.client import Driver
+from kernweave.driver.client import CommitError, Driver
 from kernweave.driver.uapi import Fact
-from kernweave.errors import DriverError, Reason
+from kernweave.errors import Reason
 from kernweave.image.tables import find_spans, read_tables
 from kernweave.model.plan import Refused
 from kernweave.session.analysis import Analysis
@@ -157,7 +157,7 @@ class Weaver:
             if self._is_current(live):
                 live.enter()
                 return live
-        except DriverError as error:
+        except CommitError as error:
             if error.errno not in (errno.ESTALE, errno.EBUSY, errno.EINVAL):
                 raise
         live.leave()
@@ -165,7 +165,12 @@ class Weaver:
         return None
 
     def _is_current(self, live: Live) -> bool:
-        """Whether the text is what was woven; from here on the driver follows it."""
+        """Whether the text is what was woven; from here on the driver follows it.
+
+        Kprobes that were registered meanwhile are told by their list only, if they are disabled.
+        """
+        if not self._view.is_current():
+            return False
         parts, source = live.handover.parts, live.woven.source
         starts, ends = parts["start"].astype(np.uint64), parts["end"].astype(np.uint64)
         low = (starts - np.uint64(source.base)).tolist()
@@ -209,7 +214,7 @@ class WovenCounts(Counts):
         self._hits = self.live.hits()
         self.unrestored, self.in_flight = left.stuck, left.visitors
         self.text_restored = not left.stuck
-        if not left.stuck:
+        if not left.stuck and not left.visitors:
             self.live.free()
 
     def hits(self) -> npt.NDArray[np.uint64]:

@@ -50,7 +50,8 @@ class Hook:
         end: row behind the last.
         target: run-time address of the C function.
         translates: register for whose value it gives another one, if any; then the hook stays as
-            long as there are copies that are looked up by their address.
+            long as there are copies that are looked up by their address, else as long as there are
+            clones, which have to be told of what happens to text.
     """
 
     code: Code
@@ -113,6 +114,7 @@ def bind_hooks(hooks: Sequence[Hook], base: int) -> tuple[bytes, Pokes]:
         group=np.array([hook.end - hook.first > 1 for hook in hooks]),
         host=np.zeros(len(hooks), bool),
         keep=np.array([hook.translates is not None for hook in hooks]),
+        stay=np.array([hook.translates is None for hook in hooks]),
     )
     return bytes(body), pokes
 

@@ -278,6 +278,7 @@ def _pokes(plan: Draft, base: int) -> Pokes:
         group=np.array(plain + [addr in group for addr in addrs], bool)[order],
         host=np.array(plain + [addr in host for addr in addrs], bool)[order],
         keep=np.zeros(len(every), bool),
+        stay=np.zeros(len(every), bool),
     )
 
 

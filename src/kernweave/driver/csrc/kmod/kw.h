@@ -192,7 +192,10 @@ void kw_weave_exit(void);
 u32 kw_weave_visitors(struct kw_code *code);
 bool kw_weave_is_entry(const struct kw_code *code, u64 addr, u64 target);
 void kw_weave_close(struct kw_code *code);
-void kw_weave_close_at(u64 addr, u64 len);
+void kw_weave_mark(u64 addr, u64 len);
+bool kw_weave_close_marked(void);
+int kw_weave_leave_for(const struct kw_txn *t);
+bool kw_weavings_exist(void);
 void kw_livepatch_yield(void);
 void kw_text_yield(unsigned long addr, const u8 *bytes, size_t len, const u8 *emulate);
 

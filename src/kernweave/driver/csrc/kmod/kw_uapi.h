@@ -253,6 +253,7 @@ struct kw_commit {
 #define KW_POKE_GROUP 1u /* replaces several instructions: somebody may be between them */
 #define KW_POKE_HOST 2u  /* has springboards behind its jump, or is one itself */
 #define KW_POKE_KEEP 4u  /* stays as long as any area has copies */
+#define KW_POKE_STAY 8u  /* stays as long as any area has clones */
 
 /*
  * new_ is a 5-byte jump into the area, and for the rest of what it replaces int3

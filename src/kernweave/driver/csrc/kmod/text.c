@@ -191,10 +191,10 @@ static int kw_poke_batch(struct kw_txn *t, const u32 *rows, u32 n, u32 *bad)
 		if (!kw_is_as_before(t, rows[i]))
 			return -ESTALE;
 	}
-	for (i = 0; i < n; i++) {
-		p = &t->pokes[rows[i]];
-		if (!t->code->weaving)
-			kw_weave_close_at(p->addr, p->len);
+	if (!t->code->weaving) {
+		for (i = 0; i < n; i++)
+			kw_weave_mark(t->pokes[rows[i]].addr, t->pokes[rows[i]].len);
+		kw_weave_close_marked();
 	}
 	kw_poke_rows(t, rows, n, false);
 	for (i = 0; i < n; i++)
@@ -239,7 +239,7 @@ static bool kw_is_to_restore(struct kw_txn *t, u32 i)
 static bool kw_may_restore(struct kw_txn *t, u32 i)
 {
 	u32 flags = t->pokes[i].flags;
-	bool held = (flags & KW_POKE_HOST && !kw_stamp_passed(t->stamp)) ||
+	bool held = (flags & KW_POKE_STAY && kw_weavings_exist()) || (flags & KW_POKE_HOST && !kw_stamp_passed(t->stamp)) ||
 		    (flags & KW_POKE_KEEP && kw_copies_exist());
 
 	if (held)
@@ -382,6 +382,11 @@ int kw_text_commit(struct kw_session *s, const struct kw_commit *req, const stru
 		return -ENOMEM;
 	t->code = code;
 	ret = kw_check_pokes(t, &out->detail);
+	if (ret) {
+		kw_txn_free(t);
+		return ret;
+	}
+	ret = code->weaving ? 0 : kw_weave_leave_for(t);
 	if (ret) {
 		kw_txn_free(t);
 		return ret;

@@ -36,6 +36,12 @@
 
 static const u8 kw_nop5[KW_JMP_LEN] = { 0x0f, 0x1f, 0x44, 0x00, 0x00 };
 
+enum kw_closed {
+	KW_OPEN = 0,
+	KW_MARKED = 1, /* its slot is going to be written */
+	KW_CLOSED = 2,
+};
+
 struct kw_weaving {
 	struct list_head link; /* among all; under text_mutex */
 	struct module *mod;    /* a reference */
@@ -48,8 +54,9 @@ struct kw_weaving {
 	const struct kw_mirror *mirrors;
 	const struct kw_place *returns;
 	const struct kw_place *insns;
-	u8 *closed; /* per entry; under text_mutex */
-	bool closing; /* somebody may still be in what is closed; under text_mutex */
+	u8 *closed; /* enum kw_closed per entry; under text_mutex */
+	bool marked;  /* some are KW_MARKED */
+	bool closing; /* somebody may still be in what is closed */
 };
 
 static LIST_HEAD(kw_weavings); /* under text_mutex */
@@ -57,6 +64,13 @@ static bool kw_mirroring;      /* what is written now is for a clone; under text
 
 static void kw_settle(struct work_struct *work);
 static DECLARE_DELAYED_WORK(kw_settler, kw_settle);
+static unsigned long kw_pause; /* before the settler tries again; in jiffies */
+
+static void kw_settle_soon(void)
+{
+	WRITE_ONCE(kw_pause, KW_SETTLE_JIFFIES);
+	mod_delayed_work(system_wq, &kw_settler, 0);
+}
 
 /* ---- rows ---- */
 
@@ -131,7 +145,8 @@ static bool kw_are_mirrors(const struct kw_weaving *w)
 
 	for (i = 0; i < w->n.mirrors; i++)
 		if ((i && m[i].native <= m[i - 1].native) || !kw_is_clone(w, m[i].clone) ||
-		    m[i].clone > w->end - KW_JMP_LEN || m[i].kind > KW_STATIC_CALL)
+		    m[i].clone > w->end - KW_JMP_LEN || m[i].kind > KW_STATIC_CALL ||
+		    (m[i].kind == KW_STATIC_CALL && m[i].len != KW_JMP_LEN))
 			return false;
 	return true;
 }
@@ -283,18 +298,15 @@ static void kw_flush_clones(void)
 	kw_mirroring = false;
 }
 
-/* From now on calls between clones go to the native function; false: so they did. */
-static bool kw_close_slot(struct kw_weaving *w, u32 row)
+/* Once this is flushed calls between clones go to the native function. */
+static void kw_close_slot(struct kw_weaving *w, u32 row)
 {
 	const struct kw_entry *e = &w->entries[row];
 	u8 jump[KW_JMP_LEN];
 
-	if (w->closed[row])
-		return false;
-	w->closed[row] = 1;
+	w->closed[row] = KW_CLOSED;
 	kw_jump(jump, e->slot, e->body);
 	kw_write_clone(e->slot, jump, NULL);
-	return true;
 }
 
 /* Close all slots of a generation that nothing native leads to any more. */
@@ -306,42 +318,72 @@ void kw_weave_close(struct kw_code *code)
 	while (i < w->n.entries) {
 		mutex_lock(kw_syms.text_mutex);
 		for (n = 0; i < w->n.entries && n < KW_BATCH; i++)
-			n += kw_close_slot(w, i);
+			if (w->closed[i] != KW_CLOSED) {
+				kw_close_slot(w, i);
+				n++;
+			}
 		kw_flush_clones();
 		mutex_unlock(kw_syms.text_mutex);
 		cond_resched();
 	}
 }
 
-/* Give one function back: somebody is going to change its text. */
-static void kw_close_entry(struct kw_weaving *w, u32 row)
-{
-	kw_yield_evict(w->entries[row].site);
-	if (kw_close_slot(w, row)) {
-		w->closing = true;
-		schedule_delayed_work(&kw_settler, 0);
-		pr_info_ratelimited("%ps is native again: its text is changed\n",
-				    (void *)w->entries[row].body);
-	}
-	kw_flush_clones();
-}
-
-static void kw_close_around(struct kw_weaving *w, u64 addr, u64 len)
+static void kw_mark_around(struct kw_weaving *w, u64 addr, u64 len)
 {
 	s64 row = kw_find_row(w->parts, w->n.parts, addr + len - 1);
+	u32 entry;
 
-	if (row >= 0 && w->parts[row].end > addr)
-		kw_close_entry(w, w->parts[row].entry);
+	if (row < 0 || w->parts[row].end <= addr)
+		return;
+	entry = w->parts[row].entry;
+	kw_yield_evict(w->entries[entry].site);
+	if (w->closed[entry])
+		return;
+	w->closed[entry] = KW_MARKED;
+	w->marked = true;
+	pr_info_ratelimited("%ps is native again: its text is changed\n",
+			    (void *)w->entries[entry].body);
 }
 
-/* Give back what is woven of some bytes of native text; text_mutex held, may sleep. */
-void kw_weave_close_at(u64 addr, u64 len)
+/*
+ * Give back what is woven of some bytes of native text: somebody is going to change
+ * them.  Done when kw_weave_close_marked() was called.
+ */
+void kw_weave_mark(u64 addr, u64 len)
 {
 	struct kw_weaving *w;
 
 	lockdep_assert_held(kw_syms.text_mutex);
 	list_for_each_entry(w, &kw_weavings, link)
-		kw_close_around(w, addr, len);
+		kw_mark_around(w, addr, len);
+}
+
+static void kw_close_marked(struct kw_weaving *w)
+{
+	u32 i;
+
+	for (i = 0; i < w->n.entries; i++)
+		if (w->closed[i] == KW_MARKED)
+			kw_close_slot(w, i);
+	w->marked = false;
+	w->closing = true;
+	kw_settle_soon();
+}
+
+/* Whether anything was marked. */
+bool kw_weave_close_marked(void)
+{
+	struct kw_weaving *w;
+	bool found = false;
+
+	lockdep_assert_held(kw_syms.text_mutex);
+	list_for_each_entry(w, &kw_weavings, link)
+		if (w->marked) {
+			kw_close_marked(w);
+			found = true;
+		}
+	kw_flush_clones();
+	return found;
 }
 
 int kw_weave_closed(struct kw_session *s, const struct kw_slice *req, struct kw_out *out)
@@ -426,7 +468,8 @@ void kw_text_yield(unsigned long addr, const u8 *bytes, size_t len, const u8 *em
 	kw_yield_begin();
 	list_for_each_entry(w, &kw_weavings, link)
 		if (!kw_mirror(w, addr, bytes, len, emulate) && !kw_is_own(w, addr, bytes, len))
-			kw_close_around(w, addr, len);
+			kw_mark_around(w, addr, len);
+	kw_weave_close_marked();
 	kw_yield_end();
 }
 
@@ -555,15 +598,24 @@ static bool kw_move_hidden(struct kw_move *m, struct task_struct *task)
 	return stays;
 }
 
-/* Whether what the unwinder did not reach may be a return address of a clone. */
+/*
+ * Whether what the unwinder did not reach may be a return address of a clone, or the
+ * ip of a frame that an exception left.
+ */
 static bool kw_may_return(const struct kw_move *m, struct task_struct *task)
 {
 	unsigned long *at = (unsigned long *)task->thread.sp;
 	unsigned long *end = (unsigned long *)task_pt_regs(task);
 
-	for (; at < end; at++)
-		if (kw_other_return(m, READ_ONCE_NOCHECK(*at)))
+	for (; at < end; at++) {
+		u64 ip = READ_ONCE_NOCHECK(*at);
+
+		if (kw_is_concerned(m, ip - 1) && kw_other_return(m, ip))
 			return true;
+		if (kw_is_concerned(m, ip) && at + 1 < end &&
+		    (u16)READ_ONCE_NOCHECK(at[1]) == __KERNEL_CS)
+			return true;
+	}
 	return false;
 }
 
@@ -665,8 +717,15 @@ static void kw_settle(struct work_struct *work)
 		again = true;
 	}
 	mutex_unlock(&kw_lock);
-	if (again)
-		schedule_delayed_work(&kw_settler, KW_SETTLE_JIFFIES);
+	if (!again)
+		return;
+	WRITE_ONCE(kw_pause, min_t(unsigned long, 2 * READ_ONCE(kw_pause), HZ));
+	schedule_delayed_work(&kw_settler, READ_ONCE(kw_pause));
+}
+
+bool kw_weavings_exist(void)
+{
+	return !list_empty(&kw_weavings);
 }
 
 static bool kw_is_closing(void)
@@ -678,7 +737,39 @@ static bool kw_is_closing(void)
 	list_for_each_entry(w, &kw_weavings, link)
 		found |= w->closing;
 	mutex_unlock(kw_syms.text_mutex);
-	return found || delayed_work_pending(&kw_settler);
+	return found;
+}
+
+/*
+ * A splice is going into functions that may be woven: who is in a clone of them has to
+ * leave before, as it may go on natively at places that the splice replaces.  kw_lock
+ * is dropped for a grace period.
+ */
+int kw_weave_leave_for(const struct kw_txn *t)
+{
+	bool found;
+	u32 i;
+
+	lockdep_assert_held(&kw_lock);
+	if (list_empty(&kw_weavings))
+		return 0;
+	mutex_lock(kw_syms.text_mutex);
+	for (i = 0; i < t->count; i++)
+		kw_weave_mark(t->pokes[i].addr, t->pokes[i].len);
+	found = kw_weave_close_marked();
+	mutex_unlock(kw_syms.text_mutex);
+	if (!found && !kw_is_closing())
+		return 0;
+	for (i = 0; i < KW_SETTLE_TRIES && kw_is_closing(); i++) {
+		mutex_unlock(&kw_lock);
+		kw_quiesce();
+		kw_settle_soon();
+		flush_delayed_work(&kw_settler);
+		mutex_lock(&kw_lock);
+		if (signal_pending(current))
+			return -EINTR;
+	}
+	return kw_is_closing() ? -EBUSY : 0;
 }
 
 /*
@@ -692,6 +783,7 @@ void kw_livepatch_yield(void)
 
 	kw_yield_begin();
 	for (tries = 0; tries < KW_SETTLE_TRIES; tries++) {
+		kw_settle_soon();
 		flush_delayed_work(&kw_settler);
 		if (!kw_is_closing())
 			break;
@@ -708,13 +800,24 @@ void kw_weave_exit(void)
 	WARN_ON(!list_empty(&kw_weavings));
 }
 
-/* Tasks that are still in clones of a generation that is quiescent otherwise. */
+/*
+ * Whoever had a place changed may have read it before, and hold the old address in a
+ * register: tracers do.  So one more grace period has to pass.
+ */
+static void kw_move_out(struct kw_code *code, struct kw_move *m)
+{
+	kw_move(m);
+	if (atomic_read(&m->places))
+		code->stamp = kw_stamp_now();
+}
+
+/* Tasks that are, or were a moment ago, in clones of a generation that is quiescent otherwise. */
 u32 kw_weave_visitors(struct kw_code *code)
 {
 	struct kw_move m = { .w = code->weaving, .side = KW_NATIVE };
 
-	kw_move(&m);
-	return atomic_read(&m.visitors);
+	kw_move_out(code, &m);
+	return atomic_read(&m.visitors) + atomic_read(&m.places);
 }
 
 int kw_weave_move(struct kw_session *s, const struct kw_slice *req, struct kw_out *out)
@@ -732,7 +835,10 @@ int kw_weave_move(struct kw_session *s, const struct kw_slice *req, struct kw_ou
 	if ((req->off == KW_NATIVE) != !code->users)
 		return -EBUSY;
 	m.w = code->weaving;
-	kw_move(&m);
+	if (m.side == KW_NATIVE)
+		kw_move_out(code, &m);
+	else
+		kw_move(&m);
 	*rep = (struct kw_moved){ atomic_read(&m.places), atomic_read(&m.visitors),
 				  atomic_read(&m.pid), m.stop_ns };
 	return 0;

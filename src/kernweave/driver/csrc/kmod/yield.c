@@ -53,7 +53,8 @@ static void kw_evict_around(u64 addr)
 
 	list_for_each_entry(t, &kw_txns, global) {
 		p = kw_poke_around(t, addr);
-		if (!p || !(p->flags & KW_POKE_GROUP) || p->flags & (KW_POKE_HOST | KW_POKE_KEEP))
+		if (!p || !(p->flags & KW_POKE_GROUP) ||
+		    p->flags & (KW_POKE_HOST | KW_POKE_KEEP | KW_POKE_STAY))
 			continue;
 		if (!kw_text_has_kprobe(p))
 			kw_text_give_back(t, p - t->pokes);
@@ -63,7 +64,7 @@ static void kw_evict_around(u64 addr)
 static void kw_give_back(u64 addr)
 {
 	kw_yield_evict(addr);
-	kw_weave_close_at(addr, KW_JMP_LEN);
+	kw_weave_mark(addr, KW_JMP_LEN);
 }
 
 /* Somebody whose stack has the address of a trampoline on it is going to sleep. */
@@ -97,6 +98,7 @@ void kw_ftrace_yield(void)
 		cond_resched();
 	}
 	kw_text_flush();
+	kw_weave_close_marked();
 	kw_yield_end();
 }
 
@@ -106,8 +108,9 @@ void kw_kprobe_yield(unsigned long addr)
 	kw_yield_begin();
 	kw_look_for_kprobes();
 	kw_evict_around(addr);
-	kw_weave_close_at(addr, 1);
+	kw_weave_mark(addr, 1);
 	kw_text_flush();
+	kw_weave_close_marked();
 	kw_yield_end();
 }
 
