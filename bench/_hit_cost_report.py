@@ -35,7 +35,7 @@ def write_table(result: dict[str, Any]) -> None:
         "|---|---|---:|---:|",
         *(_row(name, one) for name, one in result["methods"].items()),
         "",
-        *_by_tactic(result["added_instructions_per_hit"]),
+        *by_tactic(result["added_instructions_per_hit"]),
         "",
         *_latency(result["one_point_ms"]),
     ]
@@ -53,7 +53,7 @@ def _row(name: str, one: dict[str, Any]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _by_tactic(added: dict[str, Any]) -> list[str]:
+def by_tactic(added: dict[str, Any]) -> list[str]:
     """Points all along some system calls; what a counter saves is told apart."""
     kinds = {tactic: one for tactic, one in added.items() if tactic != "spills"}
     kinds |= {f"saves {what.replace('+', ' and ')}": one for what, one in added["spills"].items()}

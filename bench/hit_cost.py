@@ -2,18 +2,20 @@
 """What one hit costs: instructions (one CPU, `-icount`) and wall time (two parallel CPUs).
 
 Counter out and counter in alternate, so that both see the same machine. Writes
-results/hit_cost.json, a table (.md) and a chart (.png).
+results/hit_cost.json, a table (.md) and a chart (.png). Counts of instructions are exact on a busy
+machine, too: `--instructions` prints these, and writes nothing.
 """
 
 from __future__ import annotations
 
+import argparse
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from _hit_cost_report import draw_chart, write_table
+from _hit_cost_report import by_tactic, draw_chart, write_table
 from _methods import (
     FUNCTION,
     Candidate,
@@ -145,19 +147,68 @@ def _by_kind(samples: Sequence[Sample]) -> dict[str, Any]:
 # ---- the run -----------------------------------------------------------------------------------
 
 
-def main() -> None:
-    """Measure in two labs, one after the other, and write the results."""
-    with lab_session("bench-icount", icount=True) as session:
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """What one lab tells that counts instructions.
+
+    Attributes:
+        per_call: what a call takes, and what each method adds.
+        samples: points along the path.
+    """
+
+    per_call: dict[str, Any]
+    samples: list[Sample]
+
+    def per_hit(self) -> dict[str, Any]:
+        """Figures of the points."""
+        return {
+            "added_instructions_per_hit": _by_kind(self.samples),
+            "points": [
+                [one.point, one.tactic, "+".join(one.spills), round(one.instructions, 2)]
+                for one in self.samples
+            ],
+        }
+
+
+def count_instructions(lab: str) -> Counted:
+    """Everything that is counted in instructions, in a lab of that name."""
+    with lab_session(lab, icount=True) as session:
         workload = Workload(session, rounds=_ROUNDS["instructions"])
         methods = all_methods(workload)
-        instructions = measure(workload, methods, _PAIRS["instructions"])
-        samples = _spread(session)
-    with lab_session("bench-wall") as session:
+        per_call = measure(workload, methods, _PAIRS["instructions"])
+        return Counted(per_call, _spread(session))
+
+
+def main() -> None:
+    """Measure in two labs, one after the other, and write the results, unless told otherwise."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--instructions", action="store_true", help="print them, write nothing")
+    parser.add_argument("--lab", default="bench", help="what the labs' names begin with")
+    args = parser.parse_args()
+    counted = count_instructions(f"{args.lab}-icount")
+    if args.instructions:
+        _print_instructions(counted)
+        return
+    _write_all(counted, f"{args.lab}-wall")
+
+
+def _print_instructions(counted: Counted) -> None:
+    for name, one in counted.per_call["added"].items():
+        print(f"{name:45} {one['median']:8.1f}")
+    figures = counted.per_hit()
+    for row in figures["points"]:
+        print(*row, sep="  ")
+    print("", *by_tactic(figures["added_instructions_per_hit"]), sep="\n")
+
+
+def _write_all(counted: Counted, lab: str) -> None:
+    with lab_session(lab) as session:
         kernel = session.kernel
         workload = Workload(session, rounds=_ROUNDS["wall"])
         methods = all_methods(workload)
         wall = measure(workload, methods, _PAIRS["wall"])
         latency = one_point(session, methods[1].point, _LATENCY_RUNS)
+    instructions = counted.per_call
     figures = {
         "function": FUNCTION,
         "native_per_call": {
@@ -173,11 +224,7 @@ def main() -> None:
             for one in methods
         },
         "one_point_ms": latency,
-        "added_instructions_per_hit": _by_kind(samples),
-        "points": [
-            [one.point, one.tactic, "+".join(one.spills), round(one.instructions, 2)]
-            for one in samples
-        ],
+        **counted.per_hit(),
     }
     result = record("hit_cost", kernel, figures)
     write_table(result)
