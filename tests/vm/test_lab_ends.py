@@ -101,6 +101,30 @@ def test_qemu_that_fails_an_assertion_at_boot_is_started_once_more(
     assert f"booting again: lab {lab.name}: QEMU ended by a fault of its own: {MSIX}" in said
 
 
+def test_guest_that_stands_still_at_boot_is_started_once_more(
+    new_lab: NewLab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab = new_lab("still")
+    launches: list[int] = []
+    said: list[str] = []
+
+    def stops_first(qemu: QemuTree, argv: Sequence[str], folder: Path, smp: int) -> int:
+        launches.append(launch(qemu, argv, folder, smp))
+        if len(launches) == 1:
+            os.kill(launches[0], signal.SIGSTOP)
+            monkeypatch.setattr(machine, "_BOOT_LIMIT_S", 2.0)
+        else:
+            monkeypatch.setattr(machine, "_BOOT_LIMIT_S", LONGEST_S)
+        return launches[-1]
+
+    monkeypatch.setattr(machine, "launch", stops_first)
+    lab.up(progress=said.append)
+    assert lab.running()
+    assert len(launches) == 2
+    assert start_ticks(launches[0]) is None
+    assert any(line.startswith("booting again: ") for line in said)
+
+
 def test_stopped_qemu_is_a_hung_guest_and_can_be_taken_down(victim: Lab) -> None:
     victim.up()
     pid = pid_of(victim)

@@ -31,6 +31,7 @@ from kernweave.errors import DriverError, KernweaveError, LabError, UsageError
 Sink = Callable[[bytes], object]
 Event = tuple[str, bytes | ExitStatus]
 
+_DYING_S = 5.0  # a command that is killed has so long to end
 _STREAMS: dict[int, str] = {Type.STDOUT: "stdout", Type.STDERR: "stderr"}
 
 
@@ -250,7 +251,7 @@ class Link:
         for signo in (signals.SIGTERM, signals.SIGKILL):
             self.signal(signo)
             try:
-                for _ in self.exec_events(1.0):
+                for _ in self.exec_events(_DYING_S):
                     pass
                 return
             except TimeoutError:

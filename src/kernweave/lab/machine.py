@@ -49,12 +49,12 @@ from kernweave.lab.state import (
 
 READY = "kernweave: GUEST-UP"
 
-_BOOT_LIMIT_S = 60.0
+_BOOT_LIMIT_S = 120.0
 _DYING_S = 3.0  # between the end of a connection and that of a dying QEMU
 
 
 class QemuError(LabError):
-    """QEMU ended by an assertion of its own; the notes are its words."""
+    """QEMU's own fault before the guest was up: it ended, or the guest stood still."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +192,7 @@ class Lab:
 
     # ---- sessions ------------------------------------------------------------------------------
 
-    def connect(self, timeout: float = 10.0) -> Link:
+    def connect(self, timeout: float = 30.0) -> Link:
         """Open a session on a free port.
 
         Raises:
@@ -288,7 +288,7 @@ class Lab:
         try:
             state = self._start(qemu, argv, kernel, initramfs, hardware, no_driver)
         except QemuError as fault:  # the guest has not done anything yet: once more
-            progress(f"booting again: {fault.message}: {fault.notes[-1]}")
+            progress(": ".join(("booting again", fault.message, *fault.notes[-1:])))
             state = self._start(qemu, argv, kernel, initramfs, hardware, no_driver)
         refusal = None if no_driver else driver_refusal(self.log())
         if refusal is not None:
@@ -321,11 +321,20 @@ class Lab:
                 series=kernel.series, accel=hardware.accel, no_driver=no_driver,
             )  # fmt: skip
             write_state(self.folder, state)
-            self.wait_console(READY, _BOOT_LIMIT_S)
+            self._wait_until_up(state)
         except BaseException:
             self._clear()
             raise
         return replace(state, booted_at=time.time(), boot_seconds=time.monotonic() - began)
+
+    def _wait_until_up(self, state: State) -> None:
+        """A guest that stands still before it is up has done so by QEMU's fault: timers get lost."""
+        try:
+            self.wait_console(READY, _BOOT_LIMIT_S)
+        except LabError as error:
+            if state.alive() and not panic_lines(self.log()):
+                raise QemuError(error.message, notes=error.notes, help=error.help) from error
+            raise
 
     # ---- what went wrong -----------------------------------------------------------------------
 

@@ -55,7 +55,7 @@ Sink = Callable[[bytes], None]
 
 _GRACE_S = 5.0
 _TRIES = 5
-_LEAVING_S = 15.0
+_LEAVING_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)

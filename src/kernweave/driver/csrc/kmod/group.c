@@ -124,6 +124,19 @@ static bool kw_group_hit(struct pt_regs *regs)
 }
 NOKPROBE_SYMBOL(kw_group_hit);
 
+/* An int3 that is there while a batch is written. */
+static bool kw_batch_hit(struct pt_regs *regs)
+{
+	struct kw_txn *t = kw_poke_writing();
+	struct kw_poke *p = t ? kw_poke_at(t, regs->ip - 1) : NULL;
+
+	if (!p)
+		return false;
+	regs->ip = kw_trampoline_of(t, p);
+	return true;
+}
+NOKPROBE_SYMBOL(kw_batch_hit);
+
 /*
  * The kernel's protocol leaves no CPU behind with an int3 that is gone.  An
  * emulator may, for good: QEMU translates what it runs, and another CPU may do so
@@ -148,7 +161,9 @@ static int kw_int3(struct notifier_block *nb, unsigned long event, void *data)
 
 	if (event != DIE_INT3 || user_mode(regs))
 		return NOTIFY_DONE;
-	return kw_group_hit(regs) || kw_int3_is_gone(regs) ? NOTIFY_STOP : NOTIFY_DONE;
+	if (kw_group_hit(regs) || kw_batch_hit(regs) || kw_int3_is_gone(regs))
+		return NOTIFY_STOP;
+	return NOTIFY_DONE;
 }
 NOKPROBE_SYMBOL(kw_int3);
 

@@ -105,6 +105,8 @@ struct kw_syms {
 	void (*poke_queue)(void *addr, const void *opcode, size_t len, const void *emulate);
 	void (*poke_finish)(void);
 	void *(*poke)(void *addr, const void *opcode, size_t len);
+	void *(*poke_with)(void (*write)(void *to, const void *src, size_t len), void *addr,
+			   const void *src, size_t len);
 	void (*poke_sync)(void);
 	struct mutex *text_mutex;
 	void *(*module_alloc)(unsigned long size);
@@ -189,6 +191,10 @@ void kw_text_give_back(struct kw_txn *t, u32 i);
 void kw_text_flush(void);
 void kw_text_lock(void);
 void kw_text_unlock(void);
+
+void kw_poke_rows(struct kw_txn *t, const u32 *rows, u32 count, bool restore);
+void kw_poke_back(const struct kw_poke *p);
+struct kw_txn *kw_poke_writing(void);
 
 int kw_check_jumps(struct kw_txn *t, u32 *bad);
 struct kw_poke *kw_poke_at(struct kw_txn *t, u64 addr);

@@ -16,6 +16,7 @@ struct kw_wanted {
 	const char *names[3]; /* the first that exists is taken */
 	bool optional;
 	bool called;
+	bool local; /* not called if it cannot be: it may have no endbr64 at all */
 };
 
 #define WANT(field, ...) { &kw_syms.field, { __VA_ARGS__ }, false, true }
@@ -27,6 +28,7 @@ static const struct kw_wanted kw_wanted[] = {
 	WANT(poke_queue, "text_poke_queue", "smp_text_poke_batch_add"),
 	WANT(poke_finish, "text_poke_finish", "smp_text_poke_batch_finish"),
 	WANT(poke, "text_poke"),
+	{ &kw_syms.poke_with, { "__text_poke" }, true, true, true },
 	WANT(poke_sync, "text_poke_sync", "smp_text_poke_sync_each_cpu"),
 	WANT_DATA(text_mutex, "text_mutex"),
 	MAY(module_alloc, "module_alloc"),
@@ -61,15 +63,21 @@ static const struct kw_wanted kw_wanted[] = {
  * those of functions whose address it takes nowhere.  Calling one of these
  * through kw_syms would be fatal.
  */
-static int kw_check_call(unsigned long addr)
+static bool kw_may_call(unsigned long addr)
 {
 #if HAS_KERNEL_IBT
-	if (boot_cpu_has(X86_FEATURE_IBT) && *(u32 *)addr != gen_endbr()) {
-		pr_err("%ps cannot be called with IBT: boot with ibt=off\n", (void *)addr);
-		return -EOPNOTSUPP;
-	}
+	return !boot_cpu_has(X86_FEATURE_IBT) || *(u32 *)addr == gen_endbr();
+#else
+	return true;
 #endif
-	return 0;
+}
+
+static int kw_check_call(unsigned long addr)
+{
+	if (kw_may_call(addr))
+		return 0;
+	pr_err("%ps cannot be called with IBT: boot with ibt=off\n", (void *)addr);
+	return -EOPNOTSUPP;
 }
 
 /* Whether an endbr64 is at addr, or the nop the kernel put in its place. */
@@ -97,6 +105,8 @@ static int kw_resolve_one(const struct kw_wanted *w)
 		pr_err("this kernel has no symbol %s\n", w->names[0]);
 		return -EOPNOTSUPP;
 	}
+	if (addr && w->local && !kw_may_call(addr))
+		addr = 0;
 	*(unsigned long *)w->slot = addr;
 	return addr && w->called ? kw_check_call(addr) : 0;
 }

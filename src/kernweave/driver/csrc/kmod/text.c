@@ -7,8 +7,8 @@
  *   2. link the transaction, so that ftrace's hook sees its sites;
  *   3. empty the groups (group.c);
  *   4. per batch, under kprobe_mutex and text_mutex: look for kprobes, compare
- *      old bytes, poke through the kernel's int3 protocol, read back; short
- *      jumps last, when their springboards are there;
+ *      old bytes, poke (poke.c), read back; short jumps last, when their
+ *      springboards are there;
  *   5. on a mismatch, undo the earlier batches and name the poke; undo them as
  *      well if a signal is pending before a batch: whoever asked may have died.
  */
@@ -34,52 +34,6 @@ int kw_text_matches(const struct kw_poke *p, const u8 *bytes)
 bool kw_is_short(const struct kw_poke *p)
 {
 	return p->new_[0] == KW_SHORT_OPCODE;
-}
-
-/* Bytes of the jump at the beginning, which the int3 protocol writes. */
-static u32 kw_head(const struct kw_poke *p)
-{
-	return kw_is_short(p) ? KW_SHORT_LEN : KW_JMP_LEN;
-}
-
-#ifdef KW_SEED_NO_SYNC
-/* A fault for the audit to find: whole jumps written at once, CPUs not synchronised. */
-static void kw_queue(const struct kw_poke *p, const u8 *bytes)
-{
-	kw_syms.poke((void *)p->addr, bytes, kw_head(p));
-}
-
-static void kw_finish(void)
-{
-}
-#else
-/*
- * The int3 handler needs to know what a CPU that hits the int3 is to do; the
- * jump is right before as well as after, so it is given in both directions.
- */
-static void kw_queue(const struct kw_poke *p, const u8 *bytes)
-{
-	kw_syms.poke_queue((void *)p->addr, bytes, kw_head(p), p->new_);
-}
-
-static void kw_finish(void)
-{
-	kw_syms.poke_finish();
-}
-#endif
-
-/*
- * What is replaced behind the jump is dead: it is written only while the jump is
- * in force, so no CPU can be about to execute it.  It becomes int3, so that
- * whoever decodes the function finds its boundaries.
- */
-static void kw_write_rest(const struct kw_poke *p, const u8 *bytes)
-{
-	u32 head = kw_head(p);
-
-	lockdep_assert_held(kw_syms.text_mutex);
-	if (p->len > head)
-		kw_syms.poke((void *)(p->addr + head), bytes + head, p->len - head);
 }
 
 static bool kw_kprobes_exist; /* at all, since kprobe_mutex was taken */
@@ -237,16 +191,9 @@ static int kw_poke_batch(struct kw_txn *t, const u32 *rows, u32 n, u32 *bad)
 		if (!kw_is_as_before(t, rows[i]))
 			return -ESTALE;
 	}
-	for (i = 0; i < n; i++) {
-		p = &t->pokes[rows[i]];
-		kw_queue(p, p->new_);
+	kw_poke_rows(t, rows, n, false);
+	for (i = 0; i < n; i++)
 		t->states[rows[i]] = KW_PLACED;
-	}
-	kw_finish();
-	for (i = 0; i < n; i++) {
-		p = &t->pokes[rows[i]];
-		kw_write_rest(p, p->new_);
-	}
 	for (i = 0; i < n; i++) {
 		*bad = rows[i];
 		p = &t->pokes[rows[i]];
@@ -272,19 +219,16 @@ static void kw_disarm(struct kw_txn *t, u32 i)
 	t->states[i] = KW_RESTORED;
 }
 
-static void kw_restore_one(struct kw_txn *t, u32 i)
+/* Whether the old bytes are to be written; its state is set as if they were. */
+static bool kw_is_to_restore(struct kw_txn *t, u32 i)
 {
 	const struct kw_poke *p = &t->pokes[i];
+	bool free = !kw_text_has_kprobe(p);
+	bool ours = free && kw_text_matches(p, p->new_);
 
-	if (kw_text_has_kprobe(p)) {
-		t->states[i] = KW_STUCK;
-	} else if (kw_text_matches(p, p->new_)) {
-		kw_write_rest(p, p->old);
-		kw_queue(p, p->old);
-		t->states[i] = KW_RESTORED;
-	} else {
-		t->states[i] = kw_text_matches(p, p->old) ? KW_RESTORED : KW_STUCK;
-	}
+	free = ours || (free && kw_text_matches(p, p->old));
+	t->states[i] = free ? KW_RESTORED : KW_STUCK;
+	return ours;
 }
 
 static bool kw_may_restore(struct kw_txn *t, u32 i)
@@ -305,7 +249,8 @@ static bool kw_may_restore(struct kw_txn *t, u32 i)
 void kw_text_restore(struct kw_txn *t, u32 from, u32 to, bool shorts)
 {
 	static DECLARE_BITMAP(before, KW_BATCH); /* under text_mutex */
-	u32 i;
+	static u32 rows[KW_BATCH];
+	u32 i, n = 0;
 
 	lockdep_assert_held(kw_syms.text_mutex);
 	for (i = from; i < to; i++)
@@ -318,10 +263,10 @@ void kw_text_restore(struct kw_txn *t, u32 from, u32 to, bool shorts)
 		else if (t->states[i] != KW_PLACED && t->states[i] != KW_STUCK &&
 			 t->states[i] != KW_HELD)
 			continue;
-		else if (kw_may_restore(t, i))
-			kw_restore_one(t, i);
+		else if (kw_may_restore(t, i) && kw_is_to_restore(t, i))
+			rows[n++] = i;
 	}
-	kw_finish();
+	kw_poke_rows(t, rows, n, true);
 	for (i = from; i < to; i++)
 		if (t->states[i] == KW_RESTORED && !test_bit(i - from, before) &&
 		    !kw_text_matches(&t->pokes[i], t->pokes[i].old))
@@ -340,15 +285,14 @@ void kw_text_give_back(struct kw_txn *t, u32 i)
 	}
 	if (t->states[i] != KW_PLACED || !kw_text_matches(p, p->new_))
 		return;
-	kw_write_rest(p, p->old);
-	kw_queue(p, p->old);
+	kw_poke_back(p);
 	t->states[i] = KW_EVICTED;
 }
 
 void kw_text_flush(void)
 {
 	lockdep_assert_held(kw_syms.text_mutex);
-	kw_finish();
+	kw_syms.poke_finish();
 }
 
 static int kw_poke_pass(struct kw_txn *t, bool shorts, u32 *bad)
