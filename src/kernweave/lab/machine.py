@@ -328,7 +328,7 @@ class Lab:
         return replace(state, booted_at=time.time(), boot_seconds=time.monotonic() - began)
 
     def _wait_until_up(self, state: State) -> None:
-        """A guest that stands still before it is up has done so by QEMU's fault: timers get lost."""
+        """Wait; a guest that stands still until then does so by QEMU's fault: timers get lost."""
         try:
             self.wait_console(READY, _BOOT_LIMIT_S)
         except LabError as error:
