@@ -11,6 +11,9 @@ from __future__ import annotations
 INT3_PATH = (
     "__rcu_read_lock", "__rcu_read_unlock", "rcu_read_unlock_special",
     "hw_breakpoint_exceptions_notify", "kprobe_exceptions_notify",
+    # those who are asked through the event notifier_run, where there is one
+    "__bpf_trace_notifier_info", "__traceiter_notifier_run", "perf_trace_notifier_info",
+    "trace_event_raw_event_notifier_info",
 )  # fmt: skip
 
 #: what ftrace calls back before or behind the guard against its own recursion, and what that calls

@@ -37,6 +37,7 @@ void kw_txn_free(struct kw_txn *t)
 	if (!list_empty(&t->global)) {
 		mutex_lock(kw_syms.text_mutex);
 		list_del(&t->global);
+		kw_syms.poke_sync(); /* who hit somebody's int3 may be looking for it in t */
 		mutex_unlock(kw_syms.text_mutex);
 	}
 	list_del(&t->link);
