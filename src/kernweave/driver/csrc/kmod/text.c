@@ -239,8 +239,9 @@ static bool kw_is_to_restore(struct kw_txn *t, u32 i)
 static bool kw_may_restore(struct kw_txn *t, u32 i)
 {
 	u32 flags = t->pokes[i].flags;
-	bool held = (flags & KW_POKE_STAY && kw_weavings_exist()) || (flags & KW_POKE_HOST && !kw_stamp_passed(t->stamp)) ||
-		    (flags & KW_POKE_KEEP && kw_copies_exist());
+	bool held = (flags & KW_POKE_HOST && !kw_stamp_passed(t->stamp)) ||
+		    (flags & KW_POKE_KEEP && kw_copies_exist()) ||
+		    (flags & KW_POKE_STAY && kw_weavings_exist());
 
 	if (held)
 		t->states[i] = KW_HELD;
