@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from kernweave.cli.files import check_path, write_rows
 from kernweave.cli.output import (
     print_error,
     print_json,
+    print_refused,
     print_table,
     print_warning,
     progress,
@@ -214,22 +214,12 @@ def _print_human(session: Session, hits: Counts, done: Completed | None, every: 
     print_table(("hits", "point", "tactic"), cells, (True, False, False))
     if len(shown) < len(rows):
         print(f"... {len(rows) - len(shown):,} more rows: add --all")
-    _print_refused(hits)
+    print_refused(hits.refused)
     print(_summary(hits))
 
 
 def _hits(row: Count) -> str:
     return f"{row.hits:,}" if row.exact else f">={row.hits:,}"
-
-
-def _print_refused(hits: Counts) -> None:
-    reasons = Counter(one.reason.value for one in hits.refused)
-    for reason, number in reasons.most_common():
-        examples = [one for one in hits.refused if one.reason == reason]
-        names = ", ".join(one.point for one in examples[:2])
-        more = ", ..." if number > 2 else ""
-        print(f"refused {number:,} ({reason}): {examples[0].detail}")
-        print(f"    {names}{more}")
 
 
 def _summary(hits: Counts) -> str:

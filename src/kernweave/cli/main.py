@@ -23,6 +23,7 @@ _COMMANDS = {
     "callees": "callees",
     "query": "query",
     "analyze": "analyze",
+    "symbolize": "symbolize",
     "lab": "lab",
     "bench": "bench",
     "doctor": "doctor",

@@ -4,10 +4,25 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import msgspec
+
+if TYPE_CHECKING:
+    from kernweave.model.plan import Refused
+
+
+def print_refused(refused: Sequence[Refused]) -> None:
+    """Print what was refused, by reason, with examples."""
+    reasons = Counter(one.reason.value for one in refused)
+    for reason, number in reasons.most_common():
+        examples = [one for one in refused if one.reason == reason]
+        names = ", ".join(one.point for one in examples[:2])
+        more = ", ..." if number > 2 else ""
+        print(f"refused {number:,} ({reason}): {examples[0].detail}")
+        print(f"    {names}{more}")
 
 
 def print_warning(message: str, help: str | None = None) -> None:

@@ -12,9 +12,10 @@ import click
 
 from kernweave import connect
 from kernweave.cli.dot import blocks_of, dot_source, find_dot, write_svg
-from kernweave.cli.output import print_json, progress
+from kernweave.cli.output import print_json, print_refused, progress
 from kernweave.errors import UsageError
 from kernweave.session.listing import EdgeInfo, InsnInfo
+from kernweave.session.woven import Clonable
 
 _TEXT_WIDTH = 44
 _WIDTH = 79
@@ -30,8 +31,11 @@ _WIDTH = 79
     metavar="FILE",
     help="Draw the blocks into FILE; needs Graphviz.",
 )
+@click.option("--weave", is_flag=True, help="Which blocks cannot be cloned, and why.")
 @click.pass_obj
-def show(obj: dict[str, Any], function: str, as_json: bool, dot: bool, svg: Path | None) -> None:
+def show(
+    obj: dict[str, Any], function: str, as_json: bool, dot: bool, svg: Path | None, weave: bool
+) -> None:
     """Disassemble FUNCTION by blocks: edges, tactic and dead registers per instruction.
 
     \b
@@ -45,11 +49,14 @@ def show(obj: dict[str, Any], function: str, as_json: bool, dot: bool, svg: Path
     fixup (after a fault), label (a jump label that is a jump).
     A register or flag is listed as dead where that is certain.
     """  # noqa: D301
-    if as_json + dot + (svg is not None) > 1:
-        raise UsageError("--json, --dot and --svg exclude each other")
+    if as_json + dot + (svg is not None) + weave > 1:
+        raise UsageError("--json, --dot, --svg and --weave exclude each other")
     if svg:
         find_dot()
     with connect(obj["target"], writer=False, progress=progress) as session:
+        if weave:
+            _print_weave(function, session.clonable(f"{function}@blocks"))
+            return
         rows = session.listing(function)
     if as_json:
         for row in rows:
@@ -60,6 +67,14 @@ def show(obj: dict[str, Any], function: str, as_json: bool, dot: bool, svg: Path
         write_svg(dot_source(function, rows), svg)
     else:
         _print_human(rows)
+
+
+def _print_weave(function: str, found: Clonable) -> None:
+    """Bail-outs by reason."""
+    refused = found.all_refused()
+    cloned = int(found.placed.sum())
+    print(f"{function}: {cloned} of {cloned + len(refused)} blocks can be cloned")
+    print_refused(refused)
 
 
 def _print_human(rows: Sequence[InsnInfo]) -> None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -19,12 +20,13 @@ from kernweave.errors import DriverError
 from kernweave.image.symbols import Symbols
 from kernweave.image.tables import Tables
 from kernweave.session.target import AnyLink
-from kernweave.session.view import GENERATION, is_generation
+from kernweave.session.view import is_generation
 from kernweave.weave.clonemap import make_entries
 from kernweave.weave.counters import Counters
 from kernweave.weave.generation import Template, Woven, make_generation
 from kernweave.weave.handover import make_handover
 from kernweave.weave.layout import lay_out
+from kernweave.weave.mapfile import claim_name, make_names, save_names
 from kernweave.weave.scope import Scope
 from kernweave.weave.source import I32, Source
 
@@ -45,6 +47,7 @@ class Kernel:
         template: what every kmod of this kernel has.
         tables: the kernel's.
         symbols: the kernel's.
+        folder: where maps of clones are kept.
     """
 
     driver: Driver
@@ -52,6 +55,7 @@ class Kernel:
     template: Template
     tables: Tables
     symbols: Symbols
+    folder: Path
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,8 @@ class Live:
         name_at = kernel.symbols.name_at
         names = [name_at.get(addr, f"{addr:x}") for addr in source.tables.functions.addr.tolist()]
         self.woven = Woven(source, scope, layout, offsets, names, kernel.tables)
-        self.kmod = _free_name(driver)
+        self.kmod = claim_name(kernel.folder, set(_kmods(driver)))
+        save_names(kernel.folder, self.kmod, make_names(self.woven))
         kernel.link.load_kmod(make_generation(self.woven, kernel.template, self.kmod))
         try:
             self.base = _text_of(driver, self.kmod)
@@ -196,13 +201,6 @@ def _kmods(driver: Driver) -> dict[str, int]:
     return {
         bytes(row["name"]).rstrip(b"\0").decode(): int(row["text_start"]) for row in driver.kmods()
     }
-
-
-def _free_name(driver: Driver) -> str:
-    taken, number = _kmods(driver), 0
-    while f"{GENERATION.decode()}{number}" in taken:
-        number += 1
-    return f"{GENERATION.decode()}{number}"
 
 
 def _text_of(driver: Driver, kmod: str) -> int:

@@ -52,7 +52,7 @@ from kernweave.session.survey import (
 from kernweave.session.tables import FunctionTable, Kernel, Table
 from kernweave.session.target import AnyLink, driver_file, open_link
 from kernweave.session.view import KernelView
-from kernweave.session.woven import Weaver, WovenCounts
+from kernweave.session.woven import Clonable, Weaver, WovenCounts
 
 Sink = Callable[[bytes], None]
 
@@ -356,6 +356,18 @@ class Session:
                     self._attachments.append(counts)
                     return counts
         raise DriverError("this kernel's text changes too fast to weave it", errno.EBUSY)
+
+    def clonable(self, *points: str) -> Clonable:
+        """What `weave` would do with each point; changes nothing.
+
+        Args:
+            points: as in the point grammar.
+
+        Raises:
+            UsageError: not a point.
+        """
+        self._view.refresh()
+        return self.weaver.find(Resolver(self._view).resolve(self._parse(points)))
 
     @cached_property
     def weaver(self) -> Weaver:

@@ -15,6 +15,7 @@ from kernweave.driver.client import CommitError, Driver
 from kernweave.driver.uapi import Fact
 from kernweave.errors import Reason
 from kernweave.image.tables import find_spans, read_tables
+from kernweave.lab.cache import cache_dir
 from kernweave.model.plan import Refused
 from kernweave.session.analysis import Analysis
 from kernweave.session.counts import Counts
@@ -148,6 +149,7 @@ class Weaver:
             read_template(self._driver_file()),
             read_tables(self._driver.read, spans, _EVERYTHING),
             self._view.images[0],
+            cache_dir() / "generations",
         )
 
     def enter(self, found: Clonable) -> Live | None:
