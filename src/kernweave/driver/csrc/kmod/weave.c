@@ -336,9 +336,9 @@ static void kw_mark_around(struct kw_weaving *w, u64 addr, u64 len)
 	if (row < 0 || w->parts[row].end <= addr)
 		return;
 	entry = w->parts[row].entry;
-	kw_yield_evict(w->entries[entry].site);
 	if (w->closed[entry])
 		return;
+	kw_yield_evict(w->entries[entry].site);
 	w->closed[entry] = KW_MARKED;
 	w->marked = true;
 	pr_info_ratelimited("%ps is native again: its text is changed\n",
@@ -363,14 +363,19 @@ static void kw_close_marked(struct kw_weaving *w)
 	u32 i;
 
 	for (i = 0; i < w->n.entries; i++)
-		if (w->closed[i] == KW_MARKED)
+		if (w->closed[i] == KW_MARKED) {
 			kw_close_slot(w, i);
+			cond_resched();
+		}
 	w->marked = false;
 	w->closing = true;
 	kw_settle_soon();
 }
 
-/* Whether anything was marked. */
+/*
+ * Whether anything was marked.  Else nothing is flushed: ftrace queues sites by tens of
+ * thousands, and asks here for each.
+ */
 bool kw_weave_close_marked(void)
 {
 	struct kw_weaving *w;
@@ -382,7 +387,8 @@ bool kw_weave_close_marked(void)
 			kw_close_marked(w);
 			found = true;
 		}
-	kw_flush_clones();
+	if (found)
+		kw_flush_clones();
 	return found;
 }
 
