@@ -328,21 +328,23 @@ void kw_weave_close(struct kw_code *code)
 	}
 }
 
-static void kw_mark_around(struct kw_weaving *w, u64 addr, u64 len)
+/* Whether it is marked now and was not before. */
+static bool kw_mark_around(struct kw_weaving *w, u64 addr, u64 len)
 {
 	s64 row = kw_find_row(w->parts, w->n.parts, addr + len - 1);
 	u32 entry;
 
 	if (row < 0 || w->parts[row].end <= addr)
-		return;
+		return false;
 	entry = w->parts[row].entry;
 	if (w->closed[entry])
-		return;
+		return false;
 	kw_yield_evict(w->entries[entry].site);
 	w->closed[entry] = KW_MARKED;
 	w->marked = true;
 	pr_info_ratelimited("%ps is native again: its text is changed\n",
 			    (void *)w->entries[entry].body);
+	return true;
 }
 
 /*
@@ -468,14 +470,16 @@ static bool kw_is_own(const struct kw_weaving *w, u64 addr, const u8 *bytes, siz
 void kw_text_yield(unsigned long addr, const u8 *bytes, size_t len, const u8 *emulate)
 {
 	struct kw_weaving *w;
+	bool marked = false; /* by this call, not by one that is going to mark more */
 
 	if (kw_mirroring || list_empty(&kw_weavings))
 		return;
 	kw_yield_begin();
 	list_for_each_entry(w, &kw_weavings, link)
 		if (!kw_mirror(w, addr, bytes, len, emulate) && !kw_is_own(w, addr, bytes, len))
-			kw_mark_around(w, addr, len);
-	kw_weave_close_marked();
+			marked |= kw_mark_around(w, addr, len);
+	if (marked)
+		kw_weave_close_marked();
 	kw_yield_end();
 }
 
