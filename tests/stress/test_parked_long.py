@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Counters come and go in the idle loop for long; `tests/vm/test_quiescence.py` is the short version.
+"""Counters come and go in the idle loop; `tests/vm/test_quiescence.py` is the short version.
 
 An emulated CPU may stay at an int3 that is gone (docs/design/0007): three of four such labs on two
 cores stood still within 1,700 rounds before the driver wrote first bytes twice.
