@@ -4,33 +4,17 @@
 from __future__ import annotations
 
 from guest import JUMPS, assert_exact, program, read_text, target
+from parked import IDLE, come_and_go
 
 import kernweave
 from kernweave.errors import Reason
 from kernweave.image.denied import INT3_PATH
 from kernweave.lab.machine import Lab
 
-#: what an idle CPU passes through, and where it sleeps
-IDLE = ("do_idle", "default_idle_call", "tick_nohz_idle_enter", "tick_nohz_idle_exit",
-        "tick_nohz_idle_stop_tick", "tick_nohz_restart_sched_tick", "cpu_startup_entry",
-        "schedule_idle")  # fmt: skip
-ROUNDS = 15
-
 
 def test_groups_come_and_go_under_parked_cpus(machine: Lab) -> None:
-    before = read_text(machine)
-    with kernweave.connect(target(machine)) as session:
-        seen: dict[str, int] = {}
-        for _ in range(ROUNDS):
-            points = [f"{name}@insns" for name in IDLE]
-            with session.count(*points, partial=True, tactics=JUMPS) as hits:
-                session.sleep(0.05)  # nobody does anything: both CPUs are parked
-            assert hits.text_restored
-            for row in hits.rows():
-                assert row.exact
-                seen[row.tactic] = seen.get(row.tactic, 0) + row.hits
+    seen = come_and_go(machine, rounds=15)
     assert seen["group"] > 100  # thousands as a rule
-    assert not before.changed(read_text(machine))
     assert_exact(machine)
 
 

@@ -214,6 +214,7 @@ void kw_text_lock(void);
 void kw_text_unlock(void);
 
 void kw_poke_rows(struct kw_txn *t, const u32 *rows, u32 count, bool restore);
+void kw_poke_disarm(struct kw_txn *t, const u32 *rows, u32 count);
 void kw_poke_back(const struct kw_poke *p);
 struct kw_txn *kw_poke_writing(void);
 

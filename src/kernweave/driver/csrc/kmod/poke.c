@@ -12,8 +12,29 @@
  * The kernel maps and unmaps a page for each write, three times a site, which takes
  * longer than all the rest.  So here one mapping serves all sites of a page, where the
  * kernel's function that maps can be called.
+ *
+ * An emulated CPU may stay at an int3 that is gone (docs/design/0007): as long as nobody
+ * writes there, and with interrupts off unable to answer.  For QEMU, and for it alone,
+ * the first bytes are written again while a CPU does not answer, and once more after all
+ * have.
  */
+#include <linux/ktime.h>
+#include <linux/percpu.h>
+#include <linux/smp.h>
+#include <linux/version.h>
+#include <asm/cpufeature.h>
+#include <asm/processor.h>
+#include <asm/sync_core.h>
+#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 16, 0)
+#include <asm/cpuid/api.h>
+#endif
+
 #include "kw.h"
+
+/* How long a CPU may take to answer before first bytes are written again. */
+#define KW_PATIENCE_US 10000
+
+#define KW_CPUID_HYPERVISOR 0x40000000
 
 struct kw_batch {
 	struct kw_txn *t;
@@ -121,20 +142,83 @@ static void kw_write_step(const struct kw_batch *b, enum kw_step step)
 	}
 }
 
+static void kw_sync_here(void *silent)
+{
+	sync_core();
+	atomic_dec(silent);
+}
+
+static DEFINE_PER_CPU(call_single_data_t, kw_sync_calls);
+static atomic_t kw_silent; /* CPUs that have not answered; under text_mutex */
+
+/* Not by smp_call_function_many(): it waits for what a silent CPU was asked before. */
+static void kw_sync_begin(void)
+{
+	call_single_data_t *call;
+	int cpu;
+
+	preempt_disable();
+	atomic_set(&kw_silent, 0);
+	for_each_online_cpu(cpu) {
+		if (cpu == smp_processor_id())
+			continue;
+		call = per_cpu_ptr(&kw_sync_calls, cpu);
+		INIT_CSD(call, kw_sync_here, &kw_silent);
+		atomic_inc(&kw_silent);
+		if (smp_call_function_single_async(cpu, call))
+			atomic_dec(&kw_silent);
+	}
+	sync_core();
+	preempt_enable();
+}
+
+static void kw_sync_heads_emulated(const struct kw_batch *b)
+{
+	ktime_t since = ktime_get();
+
+	kw_sync_begin();
+	while (atomic_read(&kw_silent)) {
+		if (ktime_us_delta(ktime_get(), since) > KW_PATIENCE_US) {
+			kw_write_step(b, KW_STEP_HEAD);
+			since = ktime_get();
+		}
+		cpu_relax();
+	}
+	kw_write_step(b, KW_STEP_HEAD);
+}
+
+static bool kw_is_emulated(void)
+{
+	u32 last, name[3];
+
+	if (!boot_cpu_has(X86_FEATURE_HYPERVISOR))
+		return false;
+	cpuid(KW_CPUID_HYPERVISOR, &last, &name[0], &name[1], &name[2]);
+	return !memcmp(name, "TCGTCGTCGTCG", sizeof(name));
+}
+
+/* Replace the int3 of some sites, ascending; no CPU is at one afterwards. */
+static void kw_write_heads(const struct kw_batch *b)
+{
+	kw_write_step(b, KW_STEP_HEAD);
+	if (kw_is_emulated())
+		kw_sync_heads_emulated(b);
+	else
+		kw_syms.poke_sync();
+}
+
 static void kw_write_jumps(const struct kw_batch *b)
 {
 #ifdef KW_SEED_NO_SYNC
 	/* a fault for the audit to find: whole jumps written at once, CPUs not synchronised */
 	kw_write_step(b, KW_STEP_JUMP);
 #else
-	static const enum kw_step steps[] = { KW_STEP_INT3, KW_STEP_TAIL, KW_STEP_HEAD };
-	int i;
-
 	WRITE_ONCE(kw_writing, b->t);
-	for (i = 0; i < ARRAY_SIZE(steps); i++) {
-		kw_write_step(b, steps[i]);
-		kw_syms.poke_sync();
-	}
+	kw_write_step(b, KW_STEP_INT3);
+	kw_syms.poke_sync();
+	kw_write_step(b, KW_STEP_TAIL);
+	kw_syms.poke_sync();
+	kw_write_heads(b);
 	WRITE_ONCE(kw_writing, NULL);
 #endif
 }
@@ -158,7 +242,17 @@ void kw_poke_rows(struct kw_txn *t, const u32 *rows, u32 count, bool restore)
 		kw_write_step(&b, KW_STEP_REST);
 }
 
-/* The same for a single site, by the kernel's own protocol; flushed by the caller. */
+/* Take the int3 off groups that never got their jumps. */
+void kw_poke_disarm(struct kw_txn *t, const u32 *rows, u32 count)
+{
+	struct kw_batch b = { t, rows, count, true };
+
+	lockdep_assert_held(kw_syms.text_mutex);
+	if (count)
+		kw_write_heads(&b);
+}
+
+/* Place or restore a single site by the kernel's own protocol; flushed by the caller. */
 void kw_poke_back(const struct kw_poke *p)
 {
 	u32 head = kw_head(p);

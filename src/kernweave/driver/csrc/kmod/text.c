@@ -209,19 +209,17 @@ static int kw_poke_batch(struct kw_txn *t, const u32 *rows, u32 n, u32 *bad)
 }
 
 /*
- * Take the int3 off a group that never got its jump.  It must go whoever has
- * armed what is behind it: soon nobody answers for it any more.
+ * Whether the int3 of a group that never got its jump is to go; its state is set as if
+ * it were gone.  It must go whoever has armed what is behind it: soon nobody answers
+ * for it any more.
  */
-static void kw_disarm(struct kw_txn *t, u32 i)
+static bool kw_is_to_disarm(struct kw_txn *t, u32 i)
 {
 	const struct kw_poke *p = &t->pokes[i];
+	bool ours = !kw_syms.get_kprobe((void *)p->addr) && *(u8 *)p->addr == KW_INT3;
 
-	if (kw_syms.get_kprobe((void *)p->addr) || *(u8 *)p->addr != KW_INT3) {
-		t->states[i] = kw_text_matches(p, p->old) ? KW_RESTORED : KW_STUCK;
-		return;
-	}
-	kw_syms.poke((void *)p->addr, p->old, 1);
-	t->states[i] = KW_RESTORED;
+	t->states[i] = ours || kw_text_matches(p, p->old) ? KW_RESTORED : KW_STUCK;
+	return ours;
 }
 
 /* Whether the old bytes are to be written; its state is set as if they were. */
@@ -255,8 +253,8 @@ static bool kw_may_restore(struct kw_txn *t, u32 i)
 void kw_text_restore(struct kw_txn *t, u32 from, u32 to, bool shorts)
 {
 	static DECLARE_BITMAP(before, KW_BATCH); /* under text_mutex */
-	static u32 rows[KW_BATCH];
-	u32 i, n = 0;
+	static u32 rows[KW_BATCH], armed[KW_BATCH];
+	u32 i, n = 0, nr_armed = 0;
 
 	lockdep_assert_held(kw_syms.text_mutex);
 	for (i = from; i < to; i++)
@@ -264,14 +262,17 @@ void kw_text_restore(struct kw_txn *t, u32 from, u32 to, bool shorts)
 	for (i = from; i < to; i++) {
 		if (!kw_in_pass(t, i, shorts))
 			continue;
-		if (t->states[i] == KW_ARMED)
-			kw_disarm(t, i);
-		else if (t->states[i] != KW_PLACED && t->states[i] != KW_STUCK &&
-			 t->states[i] != KW_HELD)
+		if (t->states[i] == KW_ARMED) {
+			if (kw_is_to_disarm(t, i))
+				armed[nr_armed++] = i;
+		} else if (t->states[i] != KW_PLACED && t->states[i] != KW_STUCK &&
+			   t->states[i] != KW_HELD) {
 			continue;
-		else if (kw_may_restore(t, i) && kw_is_to_restore(t, i))
+		} else if (kw_may_restore(t, i) && kw_is_to_restore(t, i)) {
 			rows[n++] = i;
+		}
 	}
+	kw_poke_disarm(t, armed, nr_armed);
 	kw_poke_rows(t, rows, n, true);
 	for (i = from; i < to; i++)
 		if (t->states[i] == KW_RESTORED && !test_bit(i - from, before) &&
