@@ -69,8 +69,15 @@ def _syncs(events: Records, sync_mark: int, cpus: int) -> list[list[int]]:
 
 
 def _writes_at(events: Records, addr: int) -> list[tuple[int, int]]:
+    """(sequence number, value) of what was written there; of repeats the last."""
     here = events[(events["kind"] == WRITE) & (events["addr"] == np.uint64(addr))]
-    return list(zip(here["seq"].tolist(), (here["value"] & np.uint64(0xFF)).tolist(), strict=True))
+    values = (here["value"] & np.uint64(0xFF)).tolist()
+    last = [value != after for value, after in zip(values, [*values[1:], None], strict=True)]
+    return [
+        one
+        for one, kept in zip(zip(here["seq"].tolist(), values, strict=True), last, strict=True)
+        if kept
+    ]
 
 
 def _judge_byte(

@@ -15,8 +15,8 @@
  *
  * An emulated CPU may stay at an int3 that is gone (docs/design/0007): as long as nobody
  * writes there, and with interrupts off unable to answer.  For QEMU, and for it alone,
- * the first bytes are written again while a CPU does not answer, and once more after all
- * have.
+ * the first bytes are written again while a CPU does not answer, and once more when all
+ * have, before they are synchronised.
  */
 #include <linux/ktime.h>
 #include <linux/percpu.h>
@@ -24,7 +24,6 @@
 #include <linux/version.h>
 #include <asm/cpufeature.h>
 #include <asm/processor.h>
-#include <asm/sync_core.h>
 #if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 16, 0)
 #include <asm/cpuid/api.h>
 #endif
@@ -142,19 +141,18 @@ static void kw_write_step(const struct kw_batch *b, enum kw_step step)
 	}
 }
 
-static void kw_sync_here(void *silent)
+static void kw_answer(void *silent)
 {
-	sync_core();
 	atomic_dec(silent);
 }
 
-static DEFINE_PER_CPU(call_single_data_t, kw_sync_calls);
+static DEFINE_PER_CPU(call_single_data_t, kw_questions);
 static atomic_t kw_silent; /* CPUs that have not answered; under text_mutex */
 
 /* Not by smp_call_function_many(): it waits for what a silent CPU was asked before. */
-static void kw_sync_begin(void)
+static void kw_ask_all(void)
 {
-	call_single_data_t *call;
+	call_single_data_t *question;
 	int cpu;
 
 	preempt_disable();
@@ -162,21 +160,24 @@ static void kw_sync_begin(void)
 	for_each_online_cpu(cpu) {
 		if (cpu == smp_processor_id())
 			continue;
-		call = per_cpu_ptr(&kw_sync_calls, cpu);
-		INIT_CSD(call, kw_sync_here, &kw_silent);
+		question = per_cpu_ptr(&kw_questions, cpu);
+		INIT_CSD(question, kw_answer, &kw_silent);
 		atomic_inc(&kw_silent);
-		if (smp_call_function_single_async(cpu, call))
+		if (smp_call_function_single_async(cpu, question))
 			atomic_dec(&kw_silent);
 	}
-	sync_core();
 	preempt_enable();
 }
 
-static void kw_sync_heads_emulated(const struct kw_batch *b)
+/*
+ * Free every emulated CPU of an int3 that is gone.  The last write comes when none is
+ * translating what it read before the first.
+ */
+static void kw_free_emulated(const struct kw_batch *b)
 {
 	ktime_t since = ktime_get();
 
-	kw_sync_begin();
+	kw_ask_all();
 	while (atomic_read(&kw_silent)) {
 		if (ktime_us_delta(ktime_get(), since) > KW_PATIENCE_US) {
 			kw_write_step(b, KW_STEP_HEAD);
@@ -202,9 +203,8 @@ static void kw_write_heads(const struct kw_batch *b)
 {
 	kw_write_step(b, KW_STEP_HEAD);
 	if (kw_is_emulated())
-		kw_sync_heads_emulated(b);
-	else
-		kw_syms.poke_sync();
+		kw_free_emulated(b);
+	kw_syms.poke_sync();
 }
 
 static void kw_write_jumps(const struct kw_batch *b)
