@@ -19,7 +19,7 @@ help:
 	@echo 'make check    format, lint, types, layers, and the driver through sparse and checkpatch'
 	@echo 'make bench    all benchmarks, compared with the committed results'
 	@echo 'make stress   torture of every kernel in every boot mode, as far as it is not done yet;'
-	@echo '              KERNEL=6.1 MODE=full SEED=1 MINUTES=2, or some of them: that one at once'
+	@echo '              KERNEL=6.1 MODE=full ENGINE=weave SEED=1 MINUTES=2, or some of them: that one at once'
 	@echo 'make stress-suite  the other long tests: many sessions, kill -9, poisoned registers'
 	@echo 'JOBS=2 test files at a time (0: one after the other, in one process)'
 	@echo 'PYTHON=FILE names the interpreter for .venv; KERNELS="6.1 7.2" those the driver is checked for'
@@ -32,7 +32,7 @@ test: .venv/stamp
 
 stress: .venv/stamp
 	@PYTHONPATH=tests:tests/vm $(BIN)/python tests/stress/run_torture.py \
-		--kernel='$(KERNEL)' --mode='$(MODE)' --seed='$(SEED)' --minutes='$(MINUTES)'
+		--kernel='$(KERNEL)' --mode='$(MODE)' --engine='$(ENGINE)' --seed='$(SEED)' --minutes='$(MINUTES)'
 
 stress-suite: .venv/stamp
 	$(BIN)/pytest tests/stress

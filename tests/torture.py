@@ -12,7 +12,7 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -202,7 +202,8 @@ class Load:
     def __init__(self, link: Link, seed: int, seconds: float) -> None:
         self._link = link
         self._chance = np.random.default_rng((seed, 1))
-        self._end = time.monotonic() + seconds
+        self._seconds = seconds
+        self._end: float | None = None
         self._running = False
         self._deadline = 0.0
         self.shifts: list[str] = []
@@ -217,6 +218,8 @@ class Load:
         Raises:
             TimeoutError: a shift should have ended long since.
         """
+        if self._end is None:
+            self._end = time.monotonic() + self._seconds
         if self._running:
             self._follow()
         if not self._running and (needed or time.monotonic() < self._end):
@@ -253,10 +256,29 @@ def judge_shift(names: str, status: int, output: str) -> list[str]:
     return [f"the load ({names}) ended with {status}: {words}"]
 
 
-def play_rounds(
-    session: Session, load: Load, draw: Draw, tally: Tally, amend: Amend | None
-) -> None:
-    """Attach and detach, several attachments side by side, as long as the load runs."""
+@dataclass(frozen=True)
+class Game:
+    """What a torture is played with."""
+
+    lab: Lab
+    session: Session
+    load: Load
+    seed: int
+    tally: Tally
+
+
+Play = Callable[[Game], None]
+
+
+def play_splices(game: Game, amend: Amend | None = None) -> None:
+    """Attach and detach, several attachments side by side, as long as the load runs.
+
+    Args:
+        game: what to play with.
+        amend: changes every plan; seeds a fault.
+    """
+    session, load, tally = game.session, game.load, game.tally
+    draw = Draw(find_places(session), game.seed)
     chance = draw.chance
     attached: list[Attachment] = []
     while load.running(needed=tally.rounds < LEAST_ROUNDS):
@@ -317,9 +339,7 @@ def find_problems(tally: Tally, end: End) -> list[str]:
     return found
 
 
-def torture(
-    lab: Lab, seed: int, seconds: int, tally: Tally, amend: Amend | None = None
-) -> list[str]:
+def torture(lab: Lab, seed: int, seconds: int, tally: Tally, play: Play | None = None) -> list[str]:
     """Torture a lab for so long.
 
     Args:
@@ -327,7 +347,7 @@ def torture(
         seed: of the draw.
         seconds: that the load runs.
         tally: receives what was done, as it is done.
-        amend: changes every plan; seeds a fault.
+        play: what is done meanwhile; None: counters are spliced in.
 
     Returns:
         What is wrong; nothing if all is well.
@@ -340,9 +360,8 @@ def torture(
     at_boot = len(lab.trouble())  # the kernel warns of some mitigations
     with lab.connect() as link:
         with kernweave.connect(target(lab), progress=print) as session:
-            places = find_places(session)
             load = Load(link, seed, seconds)
-            play_rounds(session, load, Draw(places, seed), tally, amend)
+            (play or play_splices)(Game(lab, session, load, seed, tally))
         end = End(before, read_text(lab), lab.trouble()[at_boot:], load.problems)
     return find_problems(tally, end)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 FILE = ROOT / "bench/results/torture.jsonl"
 #: what a torture tests, and the torture itself: when these change, it has to be run again
-SUBJECT = ("src", "tests/torture.py", "tests/stress_ng.py")
+SUBJECT = ("src", "tests/torture.py", "tests/torture_weave.py", "tests/stress_ng.py")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +34,7 @@ class Row:
         hits: counted.
         missed: arrivals that traps could not count.
         result: `ok`, or what went wrong.
+        engine: `splice`, `weave`, or `poison`: weave with everything dead overwritten.
     """
 
     commit: str
@@ -50,6 +51,7 @@ class Row:
     hits: int
     missed: int
     result: str
+    engine: str = "splice"
 
 
 def append_row(row: Row, file: Path = FILE) -> None:
@@ -65,13 +67,23 @@ def read_rows(file: Path = FILE) -> list[Row]:
 
 
 def is_done(
-    rows: Sequence[Row], kernel: str, mode: str, minutes: float, holds: Callable[[str], bool]
+    rows: Sequence[Row],
+    cell: tuple[str, str, str],
+    minutes: float,
+    holds: Callable[[str], bool],
 ) -> bool:
-    """Whether a cell of the matrix went well for so long, on a commit for which `holds`."""
+    """Whether a cell of the matrix went well for so long, on a commit for which `holds`.
+
+    Args:
+        rows: all there are.
+        cell: kernel, mode, engine.
+        minutes: that are enough.
+        holds: whether a commit has what is tested.
+    """
     return any(
         row.result == "ok" and not row.dirty and row.minutes >= minutes and holds(row.commit)
         for row in rows
-        if (row.kernel, row.mode) == (kernel, mode)
+        if (row.kernel, row.mode, row.engine) == cell
     )
 
 

@@ -8,7 +8,7 @@ import random
 import numpy as np
 import pytest
 
-from kernweave.x86.counter import bind_counters, counter_kinds, counter_snippet, stack_depths
+from kernweave.x86.counter import bind_counters, counter_kinds, counter_snippet
 from kernweave.x86.decode import ALL_MASK
 from kernweave.x86.scatter import copy_bytes, write_numbers, write_pieces
 
@@ -68,9 +68,9 @@ def test_bound_counters_hold_their_offsets() -> None:
 
 
 def test_depths_follow_pushes_and_pops() -> None:
-    assert stack_depths(counter_snippet(ALL_MASK)) == ()
+    assert counter_snippet(ALL_MASK).depths == ()
     both = counter_snippet(0)  # pushfq; push %r11; movabs; inc; pop %r11; popfq
     end = len(both.code)
-    assert stack_depths(both) == ((1, 8), (3, 16), (end - 1, 8), (end, 0))
+    assert both.depths == ((1, 8), (3, 16), (end - 1, 8), (end, 0))
     flags = counter_snippet(1 << 11)
-    assert stack_depths(flags) == ((1, 8), (len(flags.code), 0))
+    assert flags.depths == ((1, 8), (len(flags.code), 0))

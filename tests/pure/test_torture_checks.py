@@ -120,7 +120,10 @@ def test_rows_come_back_as_they_were_written(tmp_path: Path) -> None:
 )
 def test_cell_is_done_by_a_good_row_of_this_commit(change: dict[str, object], done: bool) -> None:
     row = replace(ROW, **change)  # type: ignore[arg-type]
-    assert rows.is_done([row], "6.1", "full", 10, lambda commit: commit == "c0ffee") == done
+    assert (
+        rows.is_done([row], ("6.1", "full", "splice"), 10, lambda commit: commit == "c0ffee")
+        == done
+    )
 
 
 def test_checked_out_commit_has_its_own_subject() -> None:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -59,7 +60,9 @@ def break_copies(plan: Plan) -> Plan:
 
 def test_broken_plan_is_found_out() -> None:
     with booted() as lab, pytest.raises(KernweaveError) as caught:
-        torture.torture(lab, SEED, SECONDS, torture.Tally(), break_copies)
+        torture.torture(
+            lab, SEED, SECONDS, torture.Tally(), partial(torture.play_splices, amend=break_copies)
+        )
     words = torture.describe_death(lab, caught.value)
     print(words)
     # as the first fault goes; what is broken may be what would tell of it

@@ -383,7 +383,7 @@ class Driver:
     def closed(self, area: Area) -> npt.NDArray[np.bool_]:
         """bool[entries]: functions given back, as somebody changed their text."""
         body = self._call(Op.CLOSED, _rows(uapi.SLICE, area=area.id))
-        return np.frombuffer(body, np.uint8) != 0
+        return np.asarray(np.frombuffer(body, np.uint8) != 0)
 
     def forget(self, txn: int) -> None:
         """Drop an undone transaction."""

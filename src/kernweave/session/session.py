@@ -52,7 +52,7 @@ from kernweave.session.survey import (
 from kernweave.session.tables import FunctionTable, Kernel, Table
 from kernweave.session.target import AnyLink, driver_file, open_link
 from kernweave.session.view import KernelView
-from kernweave.session.woven import Clonable, Weaver, WovenCounts
+from kernweave.session.woven import Clonable, Weaver, WovenCounts, poison_counters
 
 Sink = Callable[[bytes], None]
 
@@ -324,12 +324,15 @@ class Session:
             self._attachments.append(attachment)
         return attachment
 
-    def weave(self, *points: str, partial: bool = False) -> WovenCounts:
+    def weave(
+        self, *points: str, partial: bool = False, clobber: Clobber | None = None
+    ) -> WovenCounts:
         """Count points in clones of their functions, where no point needs a trap.
 
         Args:
             points: as in the point grammar.
             partial: count what can be counted even of explicitly named points.
+            clobber: as for `count`.
 
         Raises:
             UsageError: not a point.
@@ -349,8 +352,11 @@ class Session:
             if not self._view.is_current():
                 continue
             check_refusals(found, partial)
+            source, scope, counters = found.source, found.scope, found.counters
+            if clobber:
+                counters = poison_counters(source, scope, counters, clobber)
             with _undivided():
-                live = self.weaver.enter(found)
+                live = self.weaver.enter(source, scope, counters)
                 if live:
                     counts = WovenCounts(self._driver, found, live)
                     self._attachments.append(counts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -18,6 +18,7 @@ from kernweave.image.tables import find_spans, read_tables
 from kernweave.lab.cache import cache_dir
 from kernweave.model.plan import Refused
 from kernweave.session.analysis import Analysis
+from kernweave.session.attach import Clobber
 from kernweave.session.counts import Counts
 from kernweave.session.generations import Kernel, Left, Live, unload_left
 from kernweave.session.hooks import Hooks
@@ -26,8 +27,10 @@ from kernweave.session.target import AnyLink
 from kernweave.session.view import KernelView
 from kernweave.weave.counters import Counters, Place, make_counters
 from kernweave.weave.generation import read_template
+from kernweave.weave.layout import live_at
 from kernweave.weave.scope import Rules, Scope, Why, find_scope
 from kernweave.weave.source import Source
+from kernweave.x86.decode import ALL_MASK
 
 _EVERYTHING = (0, (1 << 64) - 1)
 
@@ -104,6 +107,14 @@ def find_clonable(resolved: Resolved, source: Source, rules: Rules) -> Clonable:
     return Clonable(resolved, source, scope, counters, insn, counter)
 
 
+def poison_counters(source: Source, scope: Scope, counters: Counters, clobber: Clobber) -> Counters:
+    """The same counters with code before each that overwrites registers."""
+    addrs = source.tables.instructions.addr[counters.insn].tolist()
+    dead = (~live_at(source, scope, counters) & np.uint32(ALL_MASK)).tolist()
+    masks = [clobber(addr, mask) for addr, mask in zip(addrs, dead, strict=True)]
+    return replace(counters, clobber=np.array(masks, np.uint32))
+
+
 class Weaver:
     """Makes generations for one session."""
 
@@ -126,9 +137,13 @@ class Weaver:
 
     def find(self, resolved: Resolved) -> Clonable:
         """What can be counted; the view is fresh."""
+        return find_clonable(resolved, self._analysis.source(), self.rules)
+
+    @property
+    def rules(self) -> Rules:
+        """What may be cloned on this kernel."""
         flags = self._driver.facts.flags
-        rules = Rules(bool(flags & Fact.LINE), bool(flags & Fact.LOCKS_LIVE))
-        return find_clonable(resolved, self._analysis.source(), rules)
+        return Rules(bool(flags & Fact.LINE), bool(flags & Fact.LOCKS_LIVE))
 
     def load(self, source: Source, scope: Scope, counters: Counters) -> Live:
         """Clones that nothing leads to yet.
@@ -152,9 +167,9 @@ class Weaver:
             cache_dir() / "generations",
         )
 
-    def enter(self, found: Clonable) -> Live | None:
+    def enter(self, source: Source, scope: Scope, counters: Counters) -> Live | None:
         """Weave; None if the kernel's text changed meanwhile, and nothing was done."""
-        live = self.load(found.source, found.scope, found.counters)
+        live = self.load(source, scope, counters)
         try:
             if self._is_current(live):
                 live.enter()

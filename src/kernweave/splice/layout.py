@@ -7,7 +7,6 @@ import struct
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -16,8 +15,8 @@ import numpy.typing as npt
 from kernweave.errors import InternalError
 from kernweave.model.plan import Copies, Plan, Pokes, Tactic
 from kernweave.splice.window import SHORT_BYTES, SITE_BYTES
-from kernweave.x86.counter import Snippet, counter_snippet
-from kernweave.x86.poison import poison_code
+from kernweave.x86.counter import Snippet
+from kernweave.x86.poison import poisoned_counter
 from kernweave.x86.relocate import JUMP_BYTES, encode_jump, relocate_insn, way_back
 
 ALIGN = 16
@@ -48,16 +47,7 @@ class Displaced:
     @property
     def snippet(self) -> Snippet:
         """The counter for this place."""
-        return _snippet(self.dead, self.clobber)
-
-
-@cache
-def _snippet(dead: int, clobber: int) -> Snippet:
-    counter = counter_snippet(dead)
-    if not clobber:
-        return counter
-    poison = poison_code(clobber)
-    return replace(counter, code=poison + counter.code, hole=len(poison) + counter.hole)
+        return poisoned_counter(self.dead, self.clobber)
 
 
 @dataclass(frozen=True)
@@ -79,7 +69,7 @@ class Entries:
         both = self.dead.astype(np.uint64) << np.uint64(32) | self.clobber
         kinds, kind = np.unique(both, return_inverse=True)
         return [
-            (_snippet(one >> 32, one & 0xFFFF_FFFF), np.flatnonzero(kind == i))
+            (poisoned_counter(one >> 32, one & 0xFFFF_FFFF), np.flatnonzero(kind == i))
             for i, one in enumerate(kinds.tolist())
         ]
 

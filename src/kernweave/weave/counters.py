@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 import numpy as np
+import numpy.typing as npt
 
 from kernweave.model.tables import EdgeKind
 from kernweave.weave.scope import Scope, Why
@@ -30,10 +31,12 @@ class Counters:
     Attributes:
         insn: int32[c], row of an instruction.
         place: uint8[c], `Place`.
+        clobber: uint32[c], masks of registers and flags to overwrite before each counter.
     """
 
     insn: I32
     place: U8
+    clobber: npt.NDArray[np.uint32]
 
 
 def make_counters(source: Source, scope: Scope, insn: Rows, place: U8) -> tuple[Counters, Rows]:
@@ -63,9 +66,12 @@ def make_counters(source: Source, scope: Scope, insn: Rows, place: U8) -> tuple[
         kept, number = key, np.arange(len(key))
     row = np.full(len(insn), -1, np.int64)
     row[possible] = number
-    return Counters(
-        (kept // len(Place)).astype(np.int32), (kept % len(Place)).astype(np.uint8)
-    ), row
+    counters = Counters(
+        (kept // len(Place)).astype(np.int32),
+        (kept % len(Place)).astype(np.uint8),
+        np.zeros(len(kept), np.uint32),
+    )
+    return counters, row
 
 
 def _possible(source: Source, scope: Scope, insn: Rows, place: U8) -> Mask:

@@ -18,6 +18,7 @@ taken edge is counted, and int3 up to the next part, which begins at a multiple 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +31,7 @@ from kernweave.weave.scope import Scope, Why
 from kernweave.weave.source import I32, U8, Mask, Rows, Source, live_before
 from kernweave.x86.counter import Snippet, counter_kinds
 from kernweave.x86.decode import Flow, Trait
+from kernweave.x86.poison import poisoned_counter
 
 ALIGN = 16
 _INT3 = 0xCC
@@ -58,13 +60,13 @@ class Snippets:
     """The counters' code.
 
     Attributes:
-        kind: uint8[c], which of `kinds` each counter is.
+        kind: integer[c], which of `kinds` each counter is.
         kinds: all there are.
         at: int32[c], byte position of each.
         stub: bool[c], whether a jump of five bytes follows it.
     """
 
-    kind: U8
+    kind: npt.NDArray[np.integer[Any]]
     kinds: tuple[Snippet, ...]
     at: I32
     stub: Mask
@@ -202,8 +204,21 @@ def _tails(source: Source, scope: Scope, size: U8) -> tuple[Rows, Rows]:
     return rows[int3], rows[~int3 & falls]
 
 
-def _choose(source: Source, scope: Scope, counters: Counters) -> tuple[U8, tuple[Snippet, ...]]:
+def _choose(
+    source: Source, scope: Scope, counters: Counters
+) -> tuple[npt.NDArray[np.integer[Any]], tuple[Snippet, ...]]:
     """The counter's code for each place: what is dead there it need not save."""
+    live = live_at(source, scope, counters)
+    if not counters.clobber.any():
+        return counter_kinds(live)
+    both = (~live).astype(np.uint64) << np.uint64(32) | counters.clobber
+    kinds, kind = np.unique(both, return_inverse=True)
+    snippets = tuple(poisoned_counter(one >> 32, one & 0xFFFF_FFFF) for one in kinds.tolist())
+    return kind, snippets
+
+
+def live_at(source: Source, scope: Scope, counters: Counters) -> npt.NDArray[np.uint32]:
+    """uint32[c]: masks of the registers and flags that each counter must not change."""
     live = np.full(len(counters.insn), _EVERYTHING, np.uint32)
     insn = counters.insn.astype(np.int64)
     row = insn.copy()
@@ -213,7 +228,7 @@ def _choose(source: Source, scope: Scope, counters: Counters) -> tuple[U8, tuple
     row[taken] = scope.shapes.target[np.searchsorted(scope.shapes.branch, insn[taken])]
     known = np.flatnonzero(row >= 0)
     live[known] = live_before(source, row[known])
-    return counter_kinds(live)
+    return live
 
 
 def _ends(source: Source, rows: Rows) -> npt.NDArray[np.uint64]:

@@ -12,7 +12,6 @@ from kernweave.image.orc import Orc
 from kernweave.weave.layout import Layout, Snippets
 from kernweave.weave.scope import Scope
 from kernweave.weave.source import I32, Rows, Source
-from kernweave.x86.counter import stack_depths
 
 Addrs = npt.NDArray[np.uint64]
 
@@ -103,7 +102,7 @@ def _pushes(snippets: Snippets) -> tuple[Rows, npt.NDArray[np.uint8]]:
     at, pushed = [np.zeros(0, np.int64)], [np.zeros(0, np.uint8)]
     for number, snippet in enumerate(snippets.kinds):
         places = snippets.at[snippets.kind == number].astype(np.int64)
-        for off, depth in stack_depths(snippet) if len(places) else ():
+        for off, depth in snippet.depths if len(places) else ():
             at.append(places + off)
             pushed.append(np.full(len(places), depth, np.uint8))
     return np.concatenate(at), np.concatenate(pushed)

@@ -33,7 +33,7 @@ _CARRY = 1 << (16 + 4)
 CLOBBERED_FLAGS = FLAGS_MASK & ~_CARRY
 
 
-_PUSH_BYTES, _WORD_BYTES = 2, 8
+_PUSH_BYTES, WORD_BYTES = 2, 8
 _SCRATCH = sum(1 << register for register in SCRATCH_ORDER)
 
 
@@ -50,11 +50,13 @@ class Snippet:
         code: bytes, the hole zero.
         hole: byte position of the 8-byte offset.
         spills: registers and flags saved around it.
+        depths: (byte position, bytes it has pushed from there on), ascending.
     """
 
     code: bytes
     hole: int
     spills: tuple[str, ...]
+    depths: tuple[tuple[int, int], ...] = ()
 
 
 def _rex_wb(register: int) -> int:
@@ -87,7 +89,15 @@ def counter_snippet(dead: int) -> Snippet:
     if not free:
         before, after = before + _push(register), _pop(register) + after
         spills.append(REG_NAMES[register])
-    return Snippet(before + movabs + inc + after, len(before) + 2, tuple(spills))
+    code = before + movabs + inc + after
+    return Snippet(code, len(before) + 2, tuple(spills), _depths(spills, len(code)))
+
+
+def _depths(spills: list[str], end: int) -> tuple[tuple[int, int], ...]:
+    sizes = [1 if name == "flags" else _PUSH_BYTES for name in spills]
+    pushed = [(sum(sizes[: i + 1]), WORD_BYTES * (i + 1)) for i in range(len(sizes))]
+    popped = [(end - sum(sizes[:i]), WORD_BYTES * i) for i in reversed(range(len(sizes)))]
+    return (*pushed, *popped)
 
 
 # ---- many at once --------------------------------------------------------------------------------
@@ -133,12 +143,3 @@ def bind_counters(snippet: Snippet, offsets: npt.NDArray[np.uint64]) -> npt.NDAr
     number = offsets.astype("<u8").view(np.uint8).reshape(-1, 8)
     code[:, snippet.hole : snippet.hole + 8] = number
     return code
-
-
-def stack_depths(snippet: Snippet) -> tuple[tuple[int, int], ...]:
-    """(byte position, bytes it has pushed from there on), ascending, of what a counter saves."""
-    sizes = [1 if name == "flags" else _PUSH_BYTES for name in snippet.spills]
-    pushed = [(sum(sizes[: i + 1]), _WORD_BYTES * (i + 1)) for i in range(len(sizes))]
-    end = len(snippet.code)
-    popped = [(end - sum(sizes[:i]), _WORD_BYTES * i) for i in reversed(range(len(sizes)))]
-    return (*pushed, *popped)
