@@ -71,7 +71,7 @@ def candidates(workload: Workload, *points: str) -> list[Candidate]:
     """Those of the points that one call hits exactly once and that a jump can reach."""
     workload = replace(workload, rounds=1)
     jumps = [tactic.value for tactic in Tactic if tactic is not Tactic.INT3]
-    with workload.session.count(*points, partial=True, tactics=jumps) as hits:
+    with workload.session.splice(*points, partial=True, tactics=jumps) as hits:
         workload.cost()
     spills = dict(zip(hits.plan.addr.tolist(), hits.plan.spills, strict=True))
     return [
@@ -151,7 +151,7 @@ def bpf_methods() -> list[Method]:
 
 @contextmanager
 def _counter(point: str, tactics: Sequence[str], workload: Workload) -> Iterator[Sequence[str]]:
-    with workload.session.count(point, tactics=tactics) as hits:
+    with workload.session.splice(point, tactics=tactics) as hits:
         yield ()
         _expect(point, int(hits.hits()[0]), workload)
 

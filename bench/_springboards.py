@@ -141,12 +141,12 @@ def _measure(
     try:
         for _ in range(_TURNS):
             native = workload.cost()
-            with session.count(
+            with session.splice(
                 *points, tactics=tactics, amend=partial(_without_jump, one.addr)
             ) as hits:
                 alone.append(workload.cost() - native)
                 _expect(one.point, int(hits.hits()[0]), 0, 1)
-            with session.count(*points, tactics=tactics) as hits:
+            with session.splice(*points, tactics=tactics) as hits:
                 whole.append(workload.cost() - native)
                 _expect(one.point, int(hits.hits()[0]), workload.total, 2 * workload.total)
     except RefusedError:

@@ -23,10 +23,10 @@ ICOUNT_KERNEL = ("kernweave.idle=1000000000", "kernweave.cap=1000000000")
 
 
 @contextmanager
-def lab_session(name: str, icount: bool = False) -> Iterator[Session]:
+def lab_session(name: str, icount: bool = False, kernel: str = "6.1") -> Iterator[Session]:
     """Boot a lab of that name anew, open a session, take the lab down at the end."""
     args, kernel_args, smp = (ICOUNT, ICOUNT_KERNEL, 1) if icount else ((), (), 2)
-    lab = Lab(name)
+    lab = Lab(name, kernel=kernel)
     lab.down()
     try:
         kmod = driver_kmod(lab.series, print)

@@ -72,7 +72,7 @@ def measure_ours(target: str) -> Ours:
     requests: dict[str, float] = defaultdict(float)
     with kernweave.connect(target) as session, stopwatch(session.driver, requests):
         began = time.perf_counter()
-        hits = session.count("*", tactics=["nop5"], partial=True)
+        hits = session.splice("*", tactics=["nop5"], partial=True)
         spent["attach"] = time.perf_counter() - began
         spent["attach_python"] = spent["attach"] - sum(requests.values())
         spent["attach_commit"] = requests["commit"]

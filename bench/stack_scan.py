@@ -43,7 +43,7 @@ def _measure(session: Session, sleepers: int) -> dict[str, Any]:
     spent: dict[str, list[float]] = defaultdict(list)
     for _ in range(_RUNS):
         for name, point in (("with", _WITH), ("without", _WITHOUT)):
-            hits = session.count(point)
+            hits = session.splice(point)
             assert bool(len(hits.plan.copies.addr)) == (name == "with")
             seconds: dict[str, float] = defaultdict(float)
             with stopwatch(session.driver, seconds):

@@ -42,7 +42,7 @@ def poisoned(
 ) -> Iterator[Attachment]:
     """Overwrite what is dead at every block start that a jump fits."""
     points = [f"{glob}@blocks" for glob in globs]
-    with session.count(*points, tactics=TACTICS, partial=True, clobber=clobber) as attachment:
+    with session.splice(*points, tactics=TACTICS, partial=True, clobber=clobber) as attachment:
         yield attachment
 
 

@@ -289,7 +289,7 @@ def play_splices(game: Game, amend: Amend | None = None) -> None:
         request = draw.request()
         try:
             attached.append(
-                session.count(*request.points, partial=True, tactics=request.tactics, amend=amend)
+                session.splice(*request.points, partial=True, tactics=request.tactics, amend=amend)
             )
         except RefusedError as error:
             tally.refused.update(reason.value for _, reason, _ in error.refused)

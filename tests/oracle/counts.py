@@ -114,7 +114,7 @@ def measure(
     witness = _Witness(k, machine.oracle, fault)
     before = machine.snapshot()
     try:
-        with k.count(*points, tactics=TACTICS, amend=witness) as attachment:
+        with k.splice(*points, tactics=TACTICS, amend=witness) as attachment:
             plan = attachment.plan
             live = k.read(plan.base, len(plan.code))
             sites, windows = witness.sites(live), witness.windows(live)

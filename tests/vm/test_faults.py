@@ -79,7 +79,7 @@ def test_faults_in_displaced_instructions_are_fixed_up(lab: Lab, kind: str) -> N
     with kernweave.connect(target(lab)) as session:
         known = set(names_of(session)[1])
         points = [f"{name}@insns" for name in FAULTING if name in known]
-        with session.count(*points, partial=True, tactics=JUMPS) as hits:
+        with session.splice(*points, partial=True, tactics=JUMPS) as hits:
             session.run([program("faults"), kind, str(ROUNDS)], check=True)
         assert hits.text_restored and hits.exact().all() and not hits.in_flight
         counts = hits.hits()[searched(session, hits)]
@@ -90,7 +90,7 @@ def test_functions_in_which_the_driver_has_hooks_are_counted_but_for_those(lab: 
     """Also when the hooks are made for this very attach."""
     with kernweave.connect(target(lab)) as session:
         points = [f"{name}@insns" for name in HOOKED]
-        with session.count(*points, "vfs_read", "strncpy_from_user@insns") as hits:
+        with session.splice(*points, "vfs_read", "strncpy_from_user@insns") as hits:
             session.run([program("faults"), "bad", "10"], check=True)
         refused = {one.point for one in hits.refused if one.reason is Reason.BUSY_PLAN}
         assert hits.text_restored and hits.exact().all()
@@ -117,13 +117,13 @@ def wake(link: Link) -> None:
 
 def test_task_that_sleeps_in_a_fault_keeps_its_trampoline(lab: Lab, link: Link) -> None:
     with kernweave.connect(target(lab)) as session:
-        with session.count(SLEEPER, partial=True, tactics=JUMPS) as hits:
+        with session.splice(SLEEPER, partial=True, tactics=JUMPS) as hits:
             start_sleeper(link)
         assert hits.text_restored
         assert hits.in_flight == 1
         assert not hits.exact()[searched(session, hits)].all()
         assert hits.exact().sum() > len(hits.placed) / 2
-        with session.count(SLEEPER, partial=True, tactics=JUMPS) as again:
+        with session.splice(SLEEPER, partial=True, tactics=JUMPS) as again:
             wake(link)
         assert again.text_restored and again.exact().all() and not again.in_flight
     settled(lab)
@@ -137,7 +137,7 @@ def settled(lab: Lab) -> None:
 
 def test_client_that_goes_leaves_what_a_sleeping_task_needs(lab: Lab, link: Link) -> None:
     session = kernweave.connect(target(lab))
-    session.count(SLEEPER, partial=True, tactics=JUMPS)
+    session.splice(SLEEPER, partial=True, tactics=JUMPS)
     start_sleeper(link)
     session._link.close()  # as if it had died
     with kernweave.connect(target(lab)) as other:
@@ -150,8 +150,8 @@ def test_client_that_goes_leaves_what_a_sleeping_task_needs(lab: Lab, link: Link
             with pytest.MonkeyPatch.context() as patched:
                 patched.setattr(Driver, "returns", lambda _: np.zeros(0, np.uint64))
                 with pytest.raises(RefusedError, match="somebody comes back into it"):
-                    other.count(SLEEPER, partial=True, tactics=JUMPS)
-        with other.count(SLEEPER, partial=True, tactics=JUMPS) as hits:
+                    other.splice(SLEEPER, partial=True, tactics=JUMPS)
+        with other.splice(SLEEPER, partial=True, tactics=JUMPS) as hits:
             pokes = hits.plan.pokes
             starts = pokes.addr
             stops = starts + np.array([len(old) for old in pokes.old], np.uint64)
@@ -171,7 +171,7 @@ def test_warning_stays_a_warning_and_a_bug_a_bug(lab: Lab, link: Link) -> None:
     assert not lab.trouble()
     assert kmodctl(link, "load", str(kmod)) == "ok"
     with kernweave.connect(target(lab)) as session:
-        with session.count(WARN, partial=True, tactics=JUMPS) as hits:
+        with session.splice(WARN, partial=True, tactics=JUMPS) as hits:
             shell(link, f"for i in $(seq {WARNINGS}); do echo 1 > {PARAMETERS}/warn; done")
             shell(link, "echo 0 > /proc/sys/kernel/panic_on_oops")
             shell(link, f"(echo 1 > {PARAMETERS}/bug) || true")

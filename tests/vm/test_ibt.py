@@ -44,11 +44,11 @@ def test_displaced_indirect_branches_arrive_at_endbr64(tmp_path: Path) -> None:
         kernweave.connect(machine.target) as k,
     ):
         ours = driver_text(k.driver)
-        with k.count(*POINTS, partial=True) as hits:
+        with k.splice(*POINTS, partial=True) as hits:
             before = machine.snapshot()
             machine.oracle.transfers_on()
             done = k.run(storm(SEED, 60, spawns=2), capture=True)
-            with k.count("__x64_sys_sched_rr_get_interval@insns"):
+            with k.splice("__x64_sys_sched_rr_get_interval@insns"):
                 pass  # the driver at work
             machine.oracle.transfers_off()
             assert (done.exit, done.stderr) == (0, b"")

@@ -45,14 +45,14 @@ def test_newer_kernel_counts_exactly_and_restores_its_text(newer: Lab) -> None:
     assert_exact(newer)
     points = ("read_zero@insns", "write_null@insns", "vfs_read", "vfs_read@blocks")
     with kernweave.connect(target(newer)) as session:
-        with session.count(*points, "vfs_read@return", partial=True) as hits:
+        with session.splice(*points, "vfs_read@return", partial=True) as hits:
             read_zeros(session)  # whoever was inside when the counters came is gone
             first = counts(hits)
             read_zeros(session)
             more = {key: count - first[key] for key, count in counts(hits).items()}
         assert hits.text_restored
         assert all(row.exact and not row.missed for row in hits.rows())
-        with session.count("read_zero@blocks", tactics=("int3",), partial=True) as traps:
+        with session.splice("read_zero@blocks", tactics=("int3",), partial=True) as traps:
             read_zeros(session)
         assert {row.hits for row in traps.rows()} == {0, READS} and traps.text_restored
     only_dd = {count for (point, _), count in more.items() if "vfs_read" not in point}

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +22,13 @@ from kernweave.cli.output import (
 from kernweave.errors import UsageError
 from kernweave.model.plan import Tactic
 from kernweave.session.counts import Count, Counts
+from kernweave.session.engines import ENGINES
 from kernweave.session.session import Completed, Session
+from kernweave.session.woven import CLONE
 
 END_SCHEMA = "kernweave.end/1"
 _SHOWN_ROWS = 30
+_TACTICS = ", ".join((*Tactic, CLONE))
 
 #: options whose mechanism is not there yet
 _LATER = ("--scope", "--syscall", "--root", "--pid", "--follow")
@@ -52,13 +54,14 @@ class _CountCommand(click.Command):
 @click.argument("points", nargs=-1, required=True, metavar="POINT...")
 @click.option("--for", "seconds", type=float, metavar="SECONDS", help="Count for so long.")
 @click.option("--partial", is_flag=True, help="Place what can be placed, refuse the rest.")
-@click.option("--tactic", metavar="A,B", help=f"Allow only these tactics: {', '.join(Tactic)}.")
+@click.option("--tactic", metavar="A,B", help=f"Allow only these tactics: {_TACTICS}.")
 @click.option("--no-trap", is_flag=True, help="Refuse points where only a trap fits.")
 @click.option(
     "--engine",
-    type=click.Choice(["auto", "splice", "weave"]),
+    type=click.Choice(ENGINES),
     default="auto",
-    help="splice: at the points themselves; weave: in clones of their functions; auto: splice.",
+    help="splice: at the points themselves; weave: in clones of their functions; auto: weave "
+    "functions where a jump does not fit everywhere.",
 )
 @click.option("--all", "every", is_flag=True, help="Print every row, not the first 30.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
@@ -100,13 +103,11 @@ def count(
         raise UsageError(f"--for {seconds:g} is no time", help="give a number of seconds above 0")
     if file is not None:
         check_path(file)
-    tactics = _tactics(tactic, no_trap)
-    if engine == "weave" and tactic is not None:
-        raise UsageError(f"--engine weave and --tactic {tactic} contradict each other")
+    tactics = _tactics(tactic, no_trap, engine)
     with connect(obj["target"], progress=progress) as session:
         done = None
         try:
-            hits = _place(session, points, partial, tactics, engine)
+            hits = session.count(*points, engine=engine, partial=partial, tactics=tactics)
         except KeyboardInterrupt:  # once something is placed, an interrupt is the normal end
             if not session.attachments:
                 raise
@@ -128,26 +129,15 @@ def count(
     return _status(done, hits)
 
 
-def _place(
-    session: Session,
-    points: Sequence[str],
-    partial: bool,
-    tactics: list[str] | None,
-    engine: str,
-) -> Counts:
-    if engine == "weave":
-        return session.weave(*points, partial=partial)
-    return session.count(*points, partial=partial, tactics=tactics)
-
-
-def _tactics(names: str | None, no_trap: bool) -> list[str] | None:
+def _tactics(names: str | None, no_trap: bool, engine: str) -> list[str] | None:
     """The tactics allowed, None: all; a trap that is asked for and forbidden is an error."""
     chosen = names.split(",") if names else None
-    if not no_trap:
+    if not no_trap or engine == "weave":
         return chosen
     if chosen and Tactic.INT3 in chosen:
         raise UsageError("--no-trap and --tactic int3 contradict each other")
-    return chosen or [tactic for tactic in Tactic if tactic is not Tactic.INT3]
+    jumps = [tactic.value for tactic in Tactic if tactic is not Tactic.INT3]
+    return chosen or (jumps if engine == "splice" else [*jumps, CLONE])
 
 
 def _warn_traps(hits: Counts) -> None:

@@ -46,8 +46,6 @@ class Placed:
 class Attachment(Counts):
     """Counters of one `Session.count` that are spliced in."""
 
-    engine = "splice"
-
     def __init__(self, driver: Driver, placed: Placed, refused: tuple[Refused, ...]) -> None:
         """Take over what was committed; made by `Session.count`."""
         super().__init__(placed.points, (*refused, *placed.refused))
@@ -82,6 +80,11 @@ class Attachment(Counts):
     def tactic_of(self) -> list[str]:
         """The tactic of each placed point."""
         return [self.plan.tactic[row].value for row in self._inside.site]
+
+    @property
+    def engine_of(self) -> list[str]:
+        """The engine of each placed point."""
+        return ["splice"] * len(self._inside.site)
 
     def detach(self) -> None:
         """Restore the text, wait until nobody is in a trampoline, read the final counts.

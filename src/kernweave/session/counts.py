@@ -47,8 +47,6 @@ class Counts(ABC):
         in_flight: tasks that are inside of what was put in, and will count nothing any more.
     """
 
-    engine: str
-
     def __init__(self, points: tuple[Point, ...], refused: tuple[Refused, ...]) -> None:
         """Start the clock."""
         self.placed = points
@@ -97,6 +95,11 @@ class Counts(ABC):
         """The tactic of each placed point."""
 
     @property
+    @abstractmethod
+    def engine_of(self) -> Sequence[str]:
+        """The engine of each placed point: `splice` or `weave`."""
+
+    @property
     def duration_ns(self) -> int:
         """Nanoseconds from the end of commit to the start of detach, or until now."""
         if self._duration_ns is not None:
@@ -123,11 +126,11 @@ class Counts(ABC):
                 hits=hits,
                 missed=missed,
                 exact=exact,
-                engine=self.engine,
+                engine=engine,
                 tactic=tactic,
             )
-            for point, tactic, hits, missed, exact in zip(
-                self.placed, self.tactic_of, *columns, strict=True
+            for point, engine, tactic, hits, missed, exact in zip(
+                self.placed, self.engine_of, self.tactic_of, *columns, strict=True
             )
         ]
 

@@ -59,6 +59,11 @@ class Resolved:
     refused: tuple[Refused, ...]
     refused_explicit: int
 
+    def only(self, chosen: npt.NDArray[np.bool_]) -> Resolved:
+        """Some of the points; those that are not in the code are left out."""
+        columns = (self.rows[chosen], self.counted[chosen], self.kinds[chosen])
+        return Resolved(self.code, *columns, self.explicit[chosen], (), 0)
+
     def point(self, i: int) -> Point:
         """The point of that number."""
         code, row = self.code, int(self.rows[i])

@@ -38,10 +38,11 @@ from kernweave.session.attach import (
 )
 from kernweave.session.attachment import Attachment
 from kernweave.session.counts import Counts
+from kernweave.session.engines import BothCounts, Joint, choose_woven, find_engine, lacks_jump
 from kernweave.session.hooks import Hooks
 from kernweave.session.listing import InsnInfo, Listing
 from kernweave.session.query import open_database
-from kernweave.session.resolve import Resolver
+from kernweave.session.resolve import Resolved, Resolver
 from kernweave.session.survey import (
     FunctionInfo,
     SiteVerdict,
@@ -52,13 +53,14 @@ from kernweave.session.survey import (
 from kernweave.session.tables import FunctionTable, Kernel, Table
 from kernweave.session.target import AnyLink, driver_file, open_link
 from kernweave.session.view import KernelView
-from kernweave.session.woven import Clonable, Weaver, WovenCounts, poison_counters
+from kernweave.session.woven import CLONE, Clonable, Weaver, WovenCounts, poison_counters
 
 Sink = Callable[[bytes], None]
 
 _GRACE_S = 5.0
 _TRIES = 5
 _LEAVING_S = 60.0
+_TOO_FAST = "this kernel's text changes too fast to weave it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,32 +280,35 @@ class Session:
         specs = self._parse(points)
         for _ in range(_TRIES):
             self._view.refresh()
-            rules = rules_for(self._driver.facts.flags, self._tactics(tactics))
             resolved = Resolver(self._view).resolve(specs)
             if self._view.is_current():
-                hooks = self._hooks
-                return decide(
-                    resolved, self._view.sites, rules, self._analysis, hooks.can_translate
-                )
+                return self._decide_on(resolved, tactics)
         raise DriverError("kprobes come and go too fast to read this kernel's text", errno.EBUSY)
+
+    def _decide_on(self, resolved: Resolved, tactics: Sequence[str] | None) -> Decision:
+        rules = rules_for(self._driver.facts.flags, self._tactics(tactics))
+        return decide(resolved, self._view.sites, rules, self._analysis, self._hooks.can_translate)
 
     def count(
         self,
         *points: str,
+        engine: str = "auto",
         partial: bool = False,
         tactics: Sequence[str] | None = None,
         clobber: Clobber | None = None,
-        amend: Amend | None = None,
-    ) -> Attachment:
-        """Put a counter at each point; leaving the attachment takes them out.
+    ) -> Counts:
+        """Put a counter at each point; leaving the with block takes them out.
 
         Args:
             points: as in the point grammar.
+            engine: `splice`: at the points themselves; `weave`: in clones of their functions;
+                `auto`: weave functions in which a jump does not fit at every point asked for, and
+                splice the others.
             partial: place what can be placed even of explicitly named points.
-            tactics: allowed tactics, in order; None: all.
+            tactics: allowed tactics, in order; None: all. Without `clone` nothing is woven, with
+                nothing else everything.
             clobber: says which registers and flags to overwrite before each counter, given its
                 address and the mask of what is dead there; a check of the analysis.
-            amend: changes the plan before it is committed; for tests that seed faults.
 
         Raises:
             UsageError: not a point.
@@ -315,7 +320,47 @@ class Session:
             ...     k.run(["true"])
             >>> hits.rows()  # doctest: +SKIP
         """
-        choice = self._choose(points, partial, tactics)
+        engine = find_engine(engine, tactics)
+        if engine == "weave":
+            return self.weave(*points, partial=partial, clobber=clobber)
+        if engine == "splice":
+            return self.splice(*points, partial=partial, tactics=tactics, clobber=clobber)
+        jumps = None if tactics is None else [name for name in tactics if name != CLONE]
+        return self._count_auto(points, partial, jumps, clobber)
+
+    def splice(
+        self,
+        *points: str,
+        partial: bool = False,
+        tactics: Sequence[str] | None = None,
+        clobber: Clobber | None = None,
+        amend: Amend | None = None,
+    ) -> Attachment:
+        """Count at the points themselves; for who needs to know how: the plan is in the result.
+
+        Args:
+            points: as in the point grammar.
+            partial: as for `count`.
+            tactics: allowed tactics, in order; None: all of this engine.
+            clobber: as for `count`.
+            amend: changes the plan before it is committed; for tests that seed faults.
+
+        Raises:
+            UsageError: not a point.
+            RefusedError: an explicitly named point cannot be placed, or none at all.
+            DriverError: the driver refuses; nothing was changed.
+        """
+        return self._splice(lambda: self._decide(points, tactics), partial, clobber, amend)
+
+    def _splice(
+        self,
+        decide: Callable[[], Decision],
+        partial: bool,
+        clobber: Clobber | None,
+        amend: Amend | None = None,
+        first: Decision | None = None,
+    ) -> Attachment:
+        choice = self._choose(decide, partial, first)
         if clobber:
             choice = clobbering(choice, clobber)
         with _undivided():
@@ -331,17 +376,13 @@ class Session:
 
         Args:
             points: as in the point grammar.
-            partial: count what can be counted even of explicitly named points.
+            partial: as for `count`.
             clobber: as for `count`.
 
         Raises:
             UsageError: not a point.
             RefusedError: an explicitly named point cannot be counted, or none at all.
             DriverError: the kernel or the driver refuses; nothing was changed.
-
-        Example:
-            >>> with kernweave.connect() as k, k.weave("vfs_read@insns") as hits:  # doctest: +SKIP
-            ...     k.run(["true"])
         """
         specs = self._parse(points)
         self._view.refresh()
@@ -352,16 +393,71 @@ class Session:
             if not self._view.is_current():
                 continue
             check_refusals(found, partial)
-            source, scope, counters = found.source, found.scope, found.counters
-            if clobber:
-                counters = poison_counters(source, scope, counters, clobber)
-            with _undivided():
-                live = self.weaver.enter(source, scope, counters)
-                if live:
-                    counts = WovenCounts(self._driver, found, live)
-                    self._attachments.append(counts)
-                    return counts
-        raise DriverError("this kernel's text changes too fast to weave it", errno.EBUSY)
+            woven = self._weave(found, clobber)
+            if woven:
+                return woven
+        raise DriverError(_TOO_FAST, errno.EBUSY)
+
+    def _weave(self, found: Clonable, clobber: Clobber | None) -> WovenCounts | None:
+        """Enter; None if the text changed meanwhile."""
+        source, scope, counters = found.source, found.scope, found.counters
+        if clobber:
+            counters = poison_counters(source, scope, counters, clobber)
+        with _undivided():
+            live = self.weaver.enter(source, scope, counters)
+            if live is None:
+                return None
+            counts = WovenCounts(self._driver, found, live)
+            self._attachments.append(counts)
+        return counts
+
+    def _count_auto(
+        self,
+        points: Sequence[str],
+        partial: bool,
+        tactics: Sequence[str] | None,
+        clobber: Clobber | None,
+    ) -> Counts:
+        def decide_again() -> Decision:
+            return self._decide(points, tactics)
+
+        first = decide_again()
+        if not lacks_jump(first).any():
+            return self._splice(decide_again, partial, clobber, first=first)
+        self.weaver.prepare()
+        for _ in range(_TRIES):
+            decision = decide_again()
+            clonable = self.weaver.find(decision.resolved)
+            if not self._view.is_current():
+                continue
+            joint = Joint(decision, choose_woven(decision, clonable))
+            check_refusals(joint, partial)
+            if not joint.woven.any():
+                return self._splice(decide_again, partial, clobber, first=decision)
+            woven = self._weave(self.weaver.find(joint.resolved.only(joint.woven)), clobber)
+            if woven:
+                return self._count_rest(joint, woven, tactics, clobber)
+        raise DriverError(_TOO_FAST, errno.EBUSY)
+
+    def _count_rest(
+        self,
+        joint: Joint,
+        woven: WovenCounts,
+        tactics: Sequence[str] | None,
+        clobber: Clobber | None,
+    ) -> Counts:
+        """Splice what is not woven, and put both together."""
+        parts: list[Counts] = [woven]
+        rest = joint.resolved.only(joint.spliced)
+        try:
+            if len(rest.rows):
+                parts.append(self._splice(lambda: self._decide_on(rest, tactics), False, clobber))
+        except BaseException:
+            woven.detach()
+            raise
+        both = BothCounts(parts, joint)
+        self._attachments.append(both)
+        return both
 
     def clonable(self, *points: str) -> Clonable:
         """What `weave` would do with each point; changes nothing.
@@ -389,11 +485,11 @@ class Session:
         return [parse_point(point) for point in points]
 
     def _choose(
-        self, points: Sequence[str], partial: bool, tactics: Sequence[str] | None
+        self, decide: Callable[[], Decision], partial: bool, first: Decision | None
     ) -> Choice:
         """Decide; and again if what the choice needs in the kernel took a place it has."""
         while True:
-            decision = self._decide(points, tactics)
+            decision, first = first or decide(), None
             check_refusals(decision, partial)
             choice = choose(decision, self._view.sites, self._analysis)
             if not self._hooks.prepare(choice):

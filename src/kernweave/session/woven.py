@@ -32,6 +32,7 @@ from kernweave.weave.scope import Rules, Scope, Why, find_scope
 from kernweave.weave.source import Source
 from kernweave.x86.decode import ALL_MASK
 
+CLONE = "clone"  # the tactic of all that is woven
 _EVERYTHING = (0, (1 << 64) - 1)
 
 #: why there is no clone of a function or a block: code and words
@@ -201,8 +202,6 @@ class Weaver:
 class WovenCounts(Counts):
     """Counters of one `Session.count` that are woven in."""
 
-    engine = "weave"
-
     def __init__(self, driver: Driver, found: Clonable, live: Live) -> None:
         """Take over what was entered; made by `Session.count`."""
         kept = np.flatnonzero(found.placed)
@@ -260,4 +259,9 @@ class WovenCounts(Counts):
     @property
     def tactic_of(self) -> list[str]:
         """The tactic of each placed point."""
-        return ["clone"] * len(self._counter)
+        return [CLONE] * len(self._counter)
+
+    @property
+    def engine_of(self) -> list[str]:
+        """The engine of each placed point."""
+        return ["weave"] * len(self._counter)

@@ -26,7 +26,7 @@ def call(session: Session) -> None:
 
 def count_all(session: Session, *more: str, tactics: Sequence[str] = JUMPS) -> Attachment:
     """Count every instruction of the subject, and other points, as far as possible."""
-    return session.count(f"{SUBJECT}@insns", *more, partial=True, tactics=tactics)
+    return session.splice(f"{SUBJECT}@insns", *more, partial=True, tactics=tactics)
 
 
 def refusals(caught: pytest.ExceptionInfo[RefusedError]) -> list[Reason]:

@@ -54,7 +54,7 @@ def points_of(hits: Attachment, tactic: str) -> list[tuple[str, int]]:
 def test_static_key_that_flips_inside_counted_functions_does_no_harm(
     session: Session, link: Link
 ) -> None:
-    with session.count(*insns(*SCHEDULER), partial=True, tactics=JUMPS) as hits:
+    with session.splice(*insns(*SCHEDULER), partial=True, tactics=JUMPS) as hits:
         assert Reason.JUMP_LABEL in {one.reason for one in hits.refused}
         for _ in range(5):
             for value in (1, 0):
@@ -71,7 +71,7 @@ def test_static_calls_that_change_inside_counted_functions_do_no_harm(
              "irqentry_exit_cond_resched", "down_read", "mutex_lock", "copy_page_range",
              "__alloc_pages", "kmem_cache_alloc", "vfs_read")  # fmt: skip
     known = [name for name in (*SCHEDULER, *calls) if session.view.images[0].find(name)]
-    with session.count(*insns(*known), partial=True, tactics=JUMPS) as hits:
+    with session.splice(*insns(*known), partial=True, tactics=JUMPS) as hits:
         assert Reason.STATIC_CALL in {one.reason for one in hits.refused}
         for mode in ("full", "none", "voluntary", "full", "voluntary"):
             shell(link, f"echo {mode} > {PREEMPT}")
@@ -92,9 +92,9 @@ def traced(link: Link, function: str) -> bool:
 def test_entry_that_ftrace_uses_first_is_refused(session: Session, link: Link) -> None:
     Tracer("vfs_read", "function").attach(link)
     with pytest.raises(RefusedError) as refused:
-        session.count("vfs_read")
+        session.splice("vfs_read")
     assert refusals(refused) == [Reason.BUSY_FTRACE]
-    with session.count("vfs_read@insns", partial=True, tactics=JUMPS) as hits:
+    with session.splice("vfs_read@insns", partial=True, tactics=JUMPS) as hits:
         work(session, 1)
     assert hits.text_restored
     assert [one.point for one in hits.refused if one.reason is Reason.BUSY_FTRACE] == [
@@ -106,7 +106,7 @@ def test_entry_that_ftrace_uses_first_is_refused(session: Session, link: Link) -
 def test_ftrace_that_comes_later_gets_the_entry_and_the_point_is_not_exact(
     session: Session, link: Link, tracer: str
 ) -> None:
-    with session.count("vfs_read", "vfs_write") as hits:
+    with session.splice("vfs_read", "vfs_write") as hits:
         Tracer("vfs_read", tracer).attach(link)
         assert traced(link, "vfs_read")
     assert [(row.function, row.exact) for row in hits.rows()] == [
@@ -129,14 +129,14 @@ def test_ftrace_of_all_functions_evicts_two_thousand_entries(
     chosen = random.Random(SEED).sample(entries, 2000)
     # the kernel itself changes 40,000 records without a pause, which an emulated CPU needs long for
     shell(link, f"echo 60 > {WATCHDOG}")
-    with session.count(*chosen, partial=True) as hits:
+    with session.splice(*chosen, partial=True) as hits:
         shell(link, f"cd {TRACING}; echo > set_ftrace_filter; echo {tracer} > current_tracer")
         shell(link, f"echo nop > {TRACING}/current_tracer")
         work(session, 1)
     shell(link, f"echo 10 > {WATCHDOG}")
     assert hits.text_restored
     assert hits.evicted > 1500
-    assert session.count("vfs_read").placed
+    assert session.splice("vfs_read").placed
 
 
 # ---- kprobes -----------------------------------------------------------------------------------
@@ -152,13 +152,13 @@ def attach_kprobe(link: Link, place: tuple[str, int], armed: bool = True) -> Kpr
 
 @pytest.mark.parametrize("armed", [True, False], ids=["armed", "registered"])
 def test_kprobe_that_is_there_first_is_busy(session: Session, link: Link, armed: bool) -> None:
-    with session.count("vfs_read@insns", partial=True, tactics=JUMPS) as hits:
+    with session.splice("vfs_read@insns", partial=True, tactics=JUMPS) as hits:
         place = points_of(hits, "jmp32")[3]
     attach_kprobe(link, place, armed)
     with pytest.raises(RefusedError) as refused:
-        session.count(f"{place[0]}+{place[1]:#x}")
+        session.splice(f"{place[0]}+{place[1]:#x}")
     assert refusals(refused) == [Reason.BUSY_KPROBE]
-    with session.count("vfs_read@insns", partial=True, tactics=JUMPS) as rest:
+    with session.splice("vfs_read@insns", partial=True, tactics=JUMPS) as rest:
         work(session, 1)
     assert rest.text_restored
 
@@ -168,7 +168,7 @@ def test_kprobe_on_our_site_pins_it_until_the_kprobe_goes(
     lab: Lab, link: Link, armed: bool
 ) -> None:
     with kernweave.connect(target(lab)) as session:
-        hits = session.count("vfs_read@insns", partial=True, tactics=JUMPS)
+        hits = session.splice("vfs_read@insns", partial=True, tactics=JUMPS)
         place = points_of(hits, "jmp32")[3]
         theirs = attach_kprobe(link, place, armed)
         work(session, 1)
@@ -191,7 +191,7 @@ def test_kprobe_on_our_site_pins_it_until_the_kprobe_goes(
 
 
 def test_kprobe_on_a_counted_entry_evicts_it(session: Session, link: Link) -> None:
-    with session.count("vfs_read") as hits:
+    with session.splice("vfs_read") as hits:
         attach_kprobe(link, ("vfs_read", 0))
         shell(link, "cat /proc/self/status")
         assert "p_vfs_read_0" in shell(link, f"head -c 20000 {TRACING}/trace")
@@ -202,10 +202,10 @@ def test_kprobe_on_a_counted_entry_evicts_it(session: Session, link: Link) -> No
 def test_kprobe_through_ftrace_does_not_hide_the_code_behind_it(
     session: Session, link: Link
 ) -> None:
-    with session.count("vfs_read@insns", partial=True, tactics=JUMPS) as hits:
+    with session.splice("vfs_read@insns", partial=True, tactics=JUMPS) as hits:
         before = [point.text for point in hits.placed]
     attach_kprobe(link, ("vfs_read", 0))
-    with session.count("vfs_read@insns", partial=True, tactics=JUMPS) as hits:
+    with session.splice("vfs_read@insns", partial=True, tactics=JUMPS) as hits:
         work(session, 1)
         assert [point.text for point in hits.placed] == before[1:]
 
@@ -213,18 +213,18 @@ def test_kprobe_through_ftrace_does_not_hide_the_code_behind_it(
 def test_optimised_kprobes_and_our_sites_side_by_side_do_no_harm(
     session: Session, link: Link
 ) -> None:
-    with session.count("vfs_read@insns", partial=True, tactics=JUMPS) as hits:
+    with session.splice("vfs_read@insns", partial=True, tactics=JUMPS) as hits:
         offsets = sorted(row.offset for row in hits.rows())
         refused = [one for one in hits.refused if one.reason is Reason.TOO_SHORT]
         short = [int(one.point.partition("+")[2], 16) for one in refused]
     for off in short[:12]:  # instructions before ours: a jump there may cover ours
         theirs = attach_kprobe(link, ("vfs_read", off))
-        with session.count("vfs_read@insns", partial=True, tactics=JUMPS) as hits:
+        with session.splice("vfs_read@insns", partial=True, tactics=JUMPS) as hits:
             work(session, 1)
             assert hits.plan.addr.size
         assert hits.text_restored
         theirs.detach(link)
-    with session.count("vfs_read@insns", partial=True, tactics=JUMPS) as hits:
+    with session.splice("vfs_read@insns", partial=True, tactics=JUMPS) as hits:
         for off in short[:12]:
             theirs = attach_kprobe(link, ("vfs_read", off))
             shell(link, "cat /proc/self/status")
@@ -239,13 +239,13 @@ def test_optimised_kprobes_and_our_sites_side_by_side_do_no_harm(
 
 def test_kmod_that_comes_and_goes_while_counted(lab: Lab, session: Session, link: Link) -> None:
     path = _find_kmod("loop")
-    with session.count("vfs_read@insns", "load_module@insns", partial=True, tactics=JUMPS) as hits:
+    with session.splice("vfs_read@insns", "load_module@insns", partial=True, tactics=JUMPS) as hits:
         for _ in range(3):
             assert kmodctl(link, "load", path) == "ok"
             assert kmodctl(link, "unload", "loop") == "ok"
     assert hits.text_restored
     assert kmodctl(link, "load", path) == "ok"
-    with session.count("loop:*@insns", partial=True, tactics=JUMPS) as hits:
+    with session.splice("loop:*@insns", partial=True, tactics=JUMPS) as hits:
         assert hits.rows()[0].kmod == "loop"
         assert kmodctl(link, "unload", "loop") == "EAGAIN"
         work(session, 1)
@@ -254,7 +254,7 @@ def test_kmod_that_comes_and_goes_while_counted(lab: Lab, session: Session, link
 
 
 def test_points_in_the_agents_own_kmod_count(session: Session) -> None:
-    with session.count(
+    with session.splice(
         "virtio_console:*@insns", "9p:*@blocks", partial=True, tactics=JUMPS
     ) as hits:
         work(session, 1)

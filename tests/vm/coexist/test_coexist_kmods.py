@@ -77,13 +77,13 @@ def test_tracepoint_that_goes_on_and_off_inside_a_counted_function_changes_no_co
     alone = []
     for value in (0, 1):
         shell(link, f"echo {value} > {EVENT}")
-        with session.count(f"{TIMER}@insns", partial=True, tactics=ALL) as hits:
+        with session.splice(f"{TIMER}@insns", partial=True, tactics=ALL) as hits:
             timers(session)
         alone.append(hits_of(hits))
     assert alone[0] != alone[1]
     assert {Reason.JUMP_LABEL, Reason.STATIC_CALL} <= reasons(hits)
     shell(link, f"echo 0 > {EVENT}; echo > {TRACING}/trace")
-    with session.count(f"{TIMER}@insns", partial=True, tactics=ALL) as hits:
+    with session.splice(f"{TIMER}@insns", partial=True, tactics=ALL) as hits:
         for mode in ("full", "none", "voluntary"):
             shell(link, f"echo {mode} > {PREEMPT}; echo 1 > {EVENT}")
             timers(session)
@@ -102,7 +102,7 @@ def test_tracepoint_that_one_side_leaves_on_is_exact_for_the_other(
     shell(link, f"echo > {TRACING}/trace")
     if first == "they":
         shell(link, f"echo 1 > {EVENT}")
-    with session.count(f"{TIMER}@entry", f"{TIMER}@return", tactics=JUMPS) as hits:
+    with session.splice(f"{TIMER}@entry", f"{TIMER}@return", tactics=JUMPS) as hits:
         shell(link, f"echo 1 > {EVENT}")
         timers(session)
         if first == "they":
@@ -125,12 +125,12 @@ def test_keys_and_calls_of_a_kmod_that_change_under_counts_change_no_count(
     for key, value in states:
         put(link, "key", key)
         put(link, "call", value)
-        with session.count(WORK, partial=True, tactics=tactics) as hits:
+        with session.splice(WORK, partial=True, tactics=tactics) as hits:
             put(link, "work", 1, CALLS)
         alone.append(hits_of(hits))
     assert {Reason.JUMP_LABEL, Reason.STATIC_CALL} <= reasons(hits)
     before = seen(link)
-    with session.count(WORK, partial=True, tactics=tactics) as hits:
+    with session.splice(WORK, partial=True, tactics=tactics) as hits:
         for key, value in reversed(states):
             put(link, "key", key)
             put(link, "call", value)
@@ -149,7 +149,7 @@ def test_kmod_with_jumps_in_it_stays_until_we_leave(
     session: Session, link: Link, kmod: Path
 ) -> None:
     load(link, kmod)
-    with session.count(WORK, partial=True, tactics=JUMPS) as hits:
+    with session.splice(WORK, partial=True, tactics=JUMPS) as hits:
         assert kmodctl(link, "unload", KMOD) == "EAGAIN"
         put(link, "work", 1, CALLS)
         assert seen(link)["plain"] == CALLS
@@ -163,7 +163,7 @@ def test_kmod_that_goes_with_our_traps_in_it_is_told_and_takes_nothing_else_alon
 ) -> None:
     load(link, kmod)
     elsewhere = f"{TIMER}@insns"
-    with session.count(WORK, elsewhere, partial=True, tactics=["int3"]) as hits:
+    with session.splice(WORK, elsewhere, partial=True, tactics=["int3"]) as hits:
         put(link, "work", 1, CALLS)
         timers(session)
         gone = kmodctl(link, "unload", KMOD)
@@ -182,14 +182,14 @@ def test_kmod_that_goes_and_comes_back_with_our_traps_in_it_is_told(
     session: Session, link: Link, kmod: Path
 ) -> None:
     load(link, kmod)
-    with session.count(WORK, partial=True, tactics=["int3"]) as hits:
+    with session.splice(WORK, partial=True, tactics=["int3"]) as hits:
         put(link, "work", 1, CALLS)
         if kmodctl(link, "unload", KMOD) == "ok":
             load(link, kmod)
         put(link, "work", 1, CALLS)
     assert all(row.hits == (2 * CALLS if row.exact else CALLS) for row in hits.rows() if row.hits)
     assert hits.text_restored
-    with session.count(WORK, partial=True, tactics=ALL) as hits:
+    with session.splice(WORK, partial=True, tactics=ALL) as hits:
         put(link, "work", 1, CALLS)
     assert max(hits_of(hits).values()) == CALLS
     assert hits.text_restored
@@ -199,7 +199,7 @@ def test_kmods_that_come_and_go_change_no_count_elsewhere(
     session: Session, link: Link, kmod: Path
 ) -> None:
     points = (f"{TIMER}@insns", "load_module@insns", "free_module@insns", "jump_label_update@insns")
-    with session.count(*points, partial=True, tactics=JUMPS) as hits:
+    with session.splice(*points, partial=True, tactics=JUMPS) as hits:
         for _ in range(3):
             load(link, kmod)
             timers(session)

@@ -61,7 +61,7 @@ def subject(machine: Lab) -> Subject:
     with kernweave.connect(target(machine)) as session:
         found = session.sites(f"{SUBJECT}@insns", tactics=("nop5", "jmp32", "int3"))
         sites = {site.offset: site for site in found if site.offset is not None}
-        with session.count(f"{SUBJECT}@insns", tactics=ALL) as hits:
+        with session.splice(f"{SUBJECT}@insns", tactics=ALL) as hits:
             call(session)
         counts = {row.offset: row.hits for row in hits.rows()}
         assert all(count % CALLS == 0 for count in counts.values())
@@ -69,7 +69,7 @@ def subject(machine: Lab) -> Subject:
 
 
 def count_at(session: Session, offset: int, tactic: str) -> Attachment:
-    return session.count(f"{SUBJECT}+{offset:#x}", tactics=[tactic])
+    return session.splice(f"{SUBJECT}+{offset:#x}", tactics=[tactic])
 
 
 def hits_of(hits: Attachment) -> dict[int, int]:
@@ -392,7 +392,7 @@ def test_kprobe_that_comes_before_the_commit_and_is_optimised_later_takes_no_cou
 
     place = f"{SUBJECT}+{site:#x}"
     with contextlib.suppress(RefusedError):
-        with session.count(place, tactics=["jmp32"], amend=register_then) as hits:
+        with session.splice(place, tactics=["jmp32"], amend=register_then) as hits:
             theirs.enable(link)
             settle(link)
             call(session)

@@ -78,7 +78,7 @@ def test_patched_function_counts_nothing_and_its_replacement_all(
 ) -> None:
     apply(link)
     with pytest.raises(RefusedError) as refused:
-        session.count(SUBJECT)
+        session.splice(SUBJECT)
     assert refusals(refused) == [Reason.BUSY_FTRACE]
     with count_all(session, f"{PATCH}:kw_rr_get_interval@insns") as hits:
         call(session)
@@ -91,7 +91,7 @@ def test_patched_function_counts_nothing_and_its_replacement_all(
     call(session)  # we are gone, they stay
     assert patched_calls(link) == 2 * CALLS
     remove(link)
-    with session.count(SUBJECT) as hits:
+    with session.splice(SUBJECT) as hits:
         call(session)
     assert [(row.hits, row.exact) for row in hits.rows()] == [(CALLS, True)]
 

@@ -69,7 +69,7 @@ def test_body_counts_behind_a_user_of_the_entry_who_came_first(
     assert_counts(hits, per_call, 1)
     call(session)  # we are gone, they stay
     with pytest.raises(RefusedError) as refused:
-        session.count(SUBJECT)
+        session.splice(SUBJECT)
     assert refusals(refused) == [Reason.BUSY_FTRACE]
     with count_all(session) as hits:
         call(session)
@@ -162,7 +162,7 @@ def test_stack_of_a_kprobe_in_a_callee_is_the_native_one(session: Session, link:
         for points in ((f"{SUBJECT}@insns", "__x64_sys_sched_rr_get_interval@insns"), ()):
             shell(link, f"echo > {TRACING}/trace")
             if points:
-                with session.count(*points, partial=True, tactics=JUMPS):
+                with session.splice(*points, partial=True, tactics=JUMPS):
                     call(session)
             else:
                 call(session)
