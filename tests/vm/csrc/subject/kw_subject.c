@@ -2,10 +2,11 @@
 /*
  * Functions of a kmod that are called once per write to a parameter: `work` runs them, `key` and
  * `call` flip a static key and change a static call inside them; `warn` warns, `bug` ends the task
- * that writes, and `vanish` runs an int3 that is none any more when it is looked at.
+ * that writes, `oddity` has the kernel itself warn, and `vanish` runs an int3 that is none any more when it is looked at.
  */
 #include <linux/bug.h>
 #include <linux/jump_label.h>
+#include <linux/kobject.h>
 #include <linux/module.h>
 #include <linux/static_call.h>
 
@@ -69,6 +70,15 @@ static int set_bug(const char *text, const struct kernel_param *kp)
 	return 0;
 }
 
+/* kobject_get() warns of what was never initialised, each time. */
+static int set_oddity(const char *text, const struct kernel_param *kp)
+{
+	static struct kobject never;
+
+	kobject_get(&never);
+	return 0;
+}
+
 static int set_key(const char *text, const struct kernel_param *kp)
 {
 	if (*text == '1')
@@ -99,12 +109,14 @@ static const struct kernel_param_ops work_ops = { .set = set_work };
 static const struct kernel_param_ops warn_ops = { .set = set_warn };
 static const struct kernel_param_ops bug_ops = { .set = set_bug };
 static const struct kernel_param_ops vanish_ops = { .set = set_gone };
+static const struct kernel_param_ops oddity_ops = { .set = set_oddity };
 static const struct kernel_param_ops key_ops = { .set = set_key };
 static const struct kernel_param_ops call_ops = { .set = set_call };
 module_param_cb(work, &work_ops, NULL, 0200);
 module_param_cb(warn, &warn_ops, NULL, 0200);
 module_param_cb(bug, &bug_ops, NULL, 0200);
 module_param_cb(vanish, &vanish_ops, NULL, 0200);
+module_param_cb(oddity, &oddity_ops, NULL, 0200);
 module_param_cb(key, &key_ops, NULL, 0200);
 module_param_cb(call, &call_ops, NULL, 0200);
 
