@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Faults, warnings and stacks in woven code are as native; the long version is in `tests/stress`."""
+"""Faults, warnings and stacks in woven code are as native; `tests/stress` has it longer."""
 
 from __future__ import annotations
 
