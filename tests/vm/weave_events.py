@@ -47,7 +47,7 @@ def events_while_scopes_come_and_go(series: str, number: int) -> int:
                     status = _follow(runner, output)
                 assert woven.text_restored and woven.in_flight == 0
                 rounds += 1
-        assert (status, output.decode()) == (0, f"{number}\n")
+        assert (status, output.decode()) == (0, f"{number}\n"), (status, bytes(output), rounds)
         assert _warnings(link) - warned == number
         bad = re.findall(r"BUG|Oops|general protection|lockup|stall", machine.log())
         assert not bad

@@ -55,7 +55,7 @@ int main(int argc, char **argv)
 		if (got <= 0)
 			fail("stack");
 		text[got] = 0;
-		found += strstr(text, "proc_pid_stack") && strstr(text, "ksys_pread64") &&
+		found += strstr(text, "proc_pid_stack") && strstr(text, "vfs_read") &&
 			 strstr(text, "do_syscall_64");
 	}
 	printf("%ld\n", found);
