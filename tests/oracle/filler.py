@@ -71,13 +71,10 @@ def _syncs(events: Records, sync_mark: int, cpus: int) -> list[list[int]]:
 def _writes_at(events: Records, addr: int) -> list[tuple[int, int]]:
     """(sequence number, value) of what was written there; of repeats the last."""
     here = events[(events["kind"] == WRITE) & (events["addr"] == np.uint64(addr))]
-    values = (here["value"] & np.uint64(0xFF)).tolist()
-    last = [value != after for value, after in zip(values, [*values[1:], None], strict=True)]
-    return [
-        one
-        for one, kept in zip(zip(here["seq"].tolist(), values, strict=True), last, strict=True)
-        if kept
-    ]
+    values = here["value"] & np.uint64(0xFF)
+    last = np.ones(len(values), bool)
+    last[:-1] = values[1:] != values[:-1]
+    return list(zip(here["seq"][last].tolist(), values[last].tolist(), strict=True))
 
 
 def _judge_byte(

@@ -2,7 +2,7 @@
 """Counters come and go in the idle loop; `tests/vm/test_quiescence.py` is the short version.
 
 An emulated CPU may stay at an int3 that is gone (docs/design/0007): three of four such labs on two
-cores stood still within 1,700 rounds before the driver wrote first bytes twice.
+cores stood still within 800 rounds before the driver wrote first bytes twice.
 """
 
 from __future__ import annotations
