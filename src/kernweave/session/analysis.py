@@ -126,11 +126,11 @@ class Analysis:
                 return KernelImage(known.tables, changed, True)
         return self._analyse(text, base)
 
-    def _text(self) -> tuple[bytes, int]:
+    def _text(self, *, watched: bool = True) -> tuple[bytes, int]:
         """The kernel's native text as it is now, and its run-time address."""
         image = self._view.images[0]
-        bounds = (np.array([edge], np.uint64) for edge in (image.starts[0], image.end))
-        return self._view.read_text(*bounds)[0], image.starts[0]
+        start, end = (np.array([edge], np.uint64) for edge in (image.starts[0], image.end))
+        return self._view.read_text(start, end, watched=watched)[0], image.starts[0]
 
     def _analyse(self, text: bytes, base: int) -> KernelImage:
         self._progress("analysing the kernel (once)")
@@ -142,8 +142,11 @@ class Analysis:
         return KernelImage(found.tables, np.zeros(len(parts), bool), False)
 
     def source(self) -> Source:
-        """The kernel's own text as it is now, to weave from."""
-        text, base = self._text()
+        """The kernel's own text as it is now, to weave from.
+
+        `KernelView.is_current` does not tell whether it still is: `Weaver.enter` does.
+        """
+        text, base = self._text(watched=False)
         image = self.kernel
         if image.changed.any():
             image = self._analyse(text, base)

@@ -148,7 +148,11 @@ class Live:
         pokes["new_"][:, 0] = _JUMP
         pokes["new_"][:, 1:5] = away.astype("<i4").view(np.uint8).reshape(-1, 4)
         self._entered = driver.commit(self.area, pokes)
-        return driver.move(self.area, Side.CLONE)
+        try:
+            return driver.move(self.area, Side.CLONE)
+        except BaseException:
+            self.leave()
+            raise
 
     def leave(self) -> Left:
         """Send everybody back to native code; counters can be read until `free`."""
@@ -167,19 +171,26 @@ class Live:
             stops += (driver.move(self.area, Side.NATIVE),)
             inside = stops[-1].visitors + stops[-1].places
             if not inside or time.monotonic() > deadline:
-                return Left(stops, inside, closed, stuck)
+                break
+        if not inside:
+            driver.quiesce()  # a task that ends is on no list at last
+        return Left(stops, inside, closed, stuck)
 
     def free(self) -> None:
         """Free everything; nobody is in a clone.
+
+        If somebody is after all, the driver frees it when they have left, and the kmod goes when
+        a session weaves next.
 
         Raises:
             DriverError: EAGAIN or EBUSY, if somebody may be, or something still leads there.
         """
         kernel = self._kernel
-        kernel.driver.free(self.area)
+        visitors = kernel.driver.free(self.area)
         if self._entered is not None:
             kernel.driver.forget(self._entered)
-        kernel.link.unload_kmod(self.kmod)
+        if not visitors:
+            kernel.link.unload_kmod(self.kmod)
 
 
 def _chunks(driver: Driver, area: Area, counters: int) -> tuple[Chunk, ...]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy.typing as npt
 
 from kernweave.driver.client import Driver, Rows
 from kernweave.driver.uapi import Owner
-from kernweave.errors import Reason, UnsupportedError
+from kernweave.errors import DriverError, Reason, UnsupportedError
 from kernweave.image.kallsyms import read_kallsyms
 from kernweave.image.sites import TABLES, Ranges, Sites, TableSpans, make_ranges, read_sites
 from kernweave.image.special import denied_text, special_text
@@ -29,6 +30,7 @@ Addrs = npt.NDArray[np.uint64]
 GENERATION = b"kernweave_"  # and a number: a kmod that holds clones
 NOP5 = bytes((0x0F, 0x1F, 0x44, 0x00, 0x00))
 _PAGE = 4096
+_TRIES = 5
 _STT_FUNC = 2
 _ELF_SYMBOL = np.dtype(
     [
@@ -129,7 +131,19 @@ class KernelView:
         return TableSpans(dict(zip(TABLES, pairs, strict=True)))
 
     def refresh(self) -> None:
-        """Read again what changes: kmods, kprobes, ftrace, sites of kernweave."""
+        """Read again what changes: kmods, kprobes, ftrace, sites of kernweave.
+
+        A kmod may go while it is read: then all is read once more.
+        """
+        for left in reversed(range(_TRIES)):
+            try:
+                self._refresh()
+                return
+            except DriverError as error:
+                if error.errno != errno.EFAULT or not left:
+                    raise
+
+    def _refresh(self) -> None:
         driver = self.driver
         self._seen.clear()
         kmods = driver.kmods()
@@ -161,6 +175,14 @@ class KernelView:
         in_use = self.driver.kprobes().tobytes() + self.driver.placed().tobytes()
         return in_use == self._in_use and all(
             self._read_many(starts, ends) == parts for starts, ends, parts in self._seen
+        )
+
+    def is_probed(self, starts: Addrs, ends: Addrs) -> bool:
+        """Whether kprobes or sites of kernweave are in some ranges now, armed or not."""
+        driver = self.driver
+        return any(
+            bool(ranges.overlap(starts, ends).any())
+            for ranges in _in_use(driver.kprobes(), driver.placed())
         )
 
     def _loaded_ranges(self, kmods: Rows) -> list[Ranges]:
@@ -199,12 +221,19 @@ class KernelView:
 
     # ---- text ----------------------------------------------------------------------------------
 
-    def read_text(self, starts: Addrs, ends: Addrs) -> list[bytes]:
-        """Native bytes of many ranges: what kprobes and kernweave changed is put back."""
+    def read_text(self, starts: Addrs, ends: Addrs, *, watched: bool = True) -> list[bytes]:
+        """Native bytes of many ranges: what kprobes and kernweave changed is put back.
+
+        Args:
+            starts: of the ranges.
+            ends: of the ranges.
+            watched: `is_current` compares them.
+        """
         if not len(starts):
             return []
         parts = self._read_many(starts, ends)
-        self._seen.append((starts, ends, list(parts)))
+        if watched:
+            self._seen.append((starts, ends, list(parts)))
         for addr, original in self._patched:
             hit = (starts < np.uint64(addr + len(original))) & (ends > np.uint64(addr))
             for row in np.flatnonzero(hit).tolist():

@@ -11,7 +11,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from kernweave.driver.client import CommitError, Driver
+from kernweave.driver.client import CommitError, Driver, Rows
 from kernweave.driver.uapi import Fact
 from kernweave.errors import Reason
 from kernweave.image.tables import find_spans, read_tables
@@ -29,7 +29,7 @@ from kernweave.weave.counters import Counters, Place, make_counters
 from kernweave.weave.generation import read_template
 from kernweave.weave.layout import live_at
 from kernweave.weave.scope import Rules, Scope, Why, find_scope
-from kernweave.weave.source import Source
+from kernweave.weave.source import Addrs, Source
 from kernweave.x86.decode import ALL_MASK
 
 CLONE = "clone"  # the tactic of all that is woven
@@ -185,18 +185,44 @@ class Weaver:
     def _is_current(self, live: Live) -> bool:
         """Whether the text is what was woven; from here on the driver follows it.
 
-        Kprobes that were registered meanwhile are told by their list only, if they are disabled.
+        What it mirrors was brought up to date by the handover.  Kprobes that were registered
+        meanwhile are told by their list only, if they are disabled.
         """
-        if not self._view.is_current():
-            return False
-        parts, source = live.handover.parts, live.woven.source
+        parts, mirrors = live.handover.parts, live.handover.mirrors
         starts, ends = parts["start"].astype(np.uint64), parts["end"].astype(np.uint64)
-        low = (starts - np.uint64(source.base)).tolist()
-        texts = self._view.read_text(starts, ends)
-        return all(
-            source.text[at : at + len(text)].tobytes() == text
-            for at, text in zip(low, texts, strict=True)
+        if self._view.is_probed(starts, ends):
+            return False
+        differs = _differing(
+            self._driver.read_ranges(starts, ends), live.woven.source, starts, ends
         )
+        return bool(_is_mirrored(differs, mirrors).all())
+
+
+def _differing(texts: bytes, source: Source, starts: Addrs, ends: Addrs) -> Addrs:
+    """Addresses of bytes that are not those of the source any more.
+
+    Args:
+        texts: the bytes that are there, of all ranges.
+        source: what was woven.
+        starts: of the ranges.
+        ends: of the ranges.
+    """
+    base = np.uint64(source.base)
+    pairs = zip((starts - base).tolist(), (ends - base).tolist(), strict=True)
+    woven = np.concatenate([np.zeros(0, np.uint8), *(source.text[a:b] for a, b in pairs)])
+    at = np.flatnonzero(np.frombuffer(texts, np.uint8) != woven).astype(np.uint64)
+    before = np.cumsum(ends - starts) - (ends - starts)  # bytes of the ranges before each
+    part = np.searchsorted(before, at, side="right") - 1
+    return np.asarray(starts[part] + at - before[part])
+
+
+def _is_mirrored(addrs: Addrs, mirrors: Rows) -> npt.NDArray[np.bool_]:
+    """bool[m]: which bytes are in `uapi.MIRROR` rows."""
+    if not len(mirrors):
+        return np.zeros(len(addrs), bool)
+    row = np.searchsorted(mirrors["native"], addrs, side="right") - 1
+    mirror = mirrors[np.maximum(row, 0)]
+    return np.asarray((row >= 0) & (addrs - mirror["native"] < mirror["len"]))
 
 
 class WovenCounts(Counts):

@@ -98,7 +98,7 @@ static void kw_code_free(struct kw_code *code)
 		module_put(THIS_MODULE);
 }
 
-static bool kw_code_is_free(const struct kw_code *code)
+bool kw_code_is_free(const struct kw_code *code)
 {
 	return !code->users && code->stamp <= kw_quiesced;
 }
@@ -132,7 +132,7 @@ static void kw_reap(struct work_struct *work)
 	list_for_each_entry_safe(code, next, &kw_retired, link) {
 		if (!kw_code_is_free(code))
 			continue;
-		if (kw_visitors(code)) {
+		if (kw_visitors(code) || !kw_code_is_free(code)) {
 			visited = true;
 			continue;
 		}
@@ -355,6 +355,8 @@ int kw_area_free(struct kw_session *s, const struct kw_slice *req, struct kw_out
 		kw_area_retire(code);
 		return 0;
 	}
+	if (!kw_code_is_free(code))
+		return -EAGAIN;
 	list_del(&code->link);
 	kw_code_free(code);
 	return 0;

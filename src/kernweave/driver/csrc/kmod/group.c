@@ -333,6 +333,12 @@ static bool kw_leads_into(const struct kw_code *code, u64 addr, const u8 *jump)
 	return target >= start && target < start + code->size;
 }
 
+/* Whether a jump leads to a clone that was closed since it was checked. */
+bool kw_is_closed_entry(const struct kw_code *code, const struct kw_poke *p)
+{
+	return code->weaving && !kw_leads_into(code, p->addr, p->new_);
+}
+
 /*
  * Walk the jumps of a poke: the offset of the first at or behind off, its length
  * if there is none, 0 if there is anything but jumps into the area and int3.

@@ -167,6 +167,7 @@ int kw_area_seal(struct kw_session *s, const struct kw_slice *req);
 int kw_area_counters(struct kw_session *s, const struct kw_slice *req, struct kw_out *out);
 int kw_area_free(struct kw_session *s, const struct kw_slice *req, struct kw_out *out);
 struct kw_code *kw_area_find(struct kw_session *s, u64 id);
+bool kw_code_is_free(const struct kw_code *code);
 void kw_area_unreachable(struct kw_code *code);
 void kw_area_retire(struct kw_code *code);
 void kw_areas_settle(void);
@@ -219,6 +220,7 @@ void kw_poke_back(const struct kw_poke *p);
 struct kw_txn *kw_poke_writing(void);
 
 int kw_check_jumps(struct kw_txn *t, u32 *bad);
+bool kw_is_closed_entry(const struct kw_code *code, const struct kw_poke *p);
 struct kw_poke *kw_poke_at(struct kw_txn *t, u64 addr);
 struct kw_poke *kw_poke_around(struct kw_txn *t, u64 addr);
 

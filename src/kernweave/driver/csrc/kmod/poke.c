@@ -201,10 +201,12 @@ static bool kw_is_emulated(void)
 /* Replace the int3 of some sites, ascending; no CPU is at one afterwards. */
 static void kw_write_heads(const struct kw_batch *b)
 {
+	migrate_disable(); /* another CPU may be at an int3 that is gone */
 	kw_write_step(b, KW_STEP_HEAD);
 	if (kw_is_emulated())
 		kw_free_emulated(b);
 	kw_syms.poke_sync();
+	migrate_enable();
 }
 
 static void kw_write_jumps(const struct kw_batch *b)

@@ -188,7 +188,8 @@ static int kw_poke_batch(struct kw_txn *t, const u32 *rows, u32 n, u32 *bad)
 	lockdep_assert_held(kw_syms.text_mutex);
 	for (i = 0; i < n; i++) {
 		*bad = rows[i];
-		if (!kw_is_as_before(t, rows[i]))
+		if (!kw_is_as_before(t, rows[i]) ||
+		    kw_is_closed_entry(t->code, &t->pokes[rows[i]]))
 			return -ESTALE;
 	}
 	if (!t->code->weaving) {
