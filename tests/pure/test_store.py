@@ -70,7 +70,7 @@ def kernel(slide: int = 0, other: int = 0) -> Kernel:
         op("MOV_RM64_IMM32", "rcx", low),
         op("INC_RM64", mem(Register.RIP, disp=PER_CPU, segment=Register.GS)),
         op("ADD_R64_RM64", "rax", mem(Register.RIP, disp=base + 0x1400)),
-        op("MOV_R64_IMM64", "rdx", 0x1122_3344_5566_7788),
+        "constant", op("MOV_R64_IMM64", "rdx", 0x1122_3344_5566_7788),
         RET, INT3, INT3,
         "calls", NOP5,
         *(op("MOV_R32_IMM32", "eax", other + i) for i in range(4 if other else 0)),
@@ -161,6 +161,7 @@ def test_wrong_base_is_told_by_the_operands_that_did_not_move(tmp_path: Path) ->
         ("static", b"\xe8\x78\x56\x34\x12"),
         ("reads", b"\xe8\x78\x56\x34\x12"),
         ("lock", DS),
+        ("constant", bytes.fromhex("48ba8877665544332299")),
     ],
 )
 @pytest.mark.parametrize("slide", [0, SLIDE])
@@ -182,7 +183,7 @@ def test_one_flipped_byte_concerns_exactly_the_function_that_holds_it(
     save(tmp_path, stored)
     now = kernel(slide)
     free = np.setdiff1d(np.arange(len(now.text)), stored.print.patched).tolist()
-    assert len(free) > 70
+    assert len(free) > 60
     for at in free:
         text = with_bytes(now.text, at, bytes((now.text[at] ^ 1 << at % 8,)))
         found = must_find(tmp_path, now, text)

@@ -15,6 +15,7 @@ from kernweave.x86.shape import read_signed
 Rows = npt.NDArray[np.int64]
 
 _PATCH_BYTES = 5  # of a call or jump; a jump label may be 2, then its neighbour is compared less
+_WIDE = 8  # bytes of the longest immediates
 _IMAGE_SPAN = 64 << 20
 _MAP_START = 0xFFFF_FFFF_8000_0000  # __START_KERNEL_map: physical addresses are relative to it
 _LINK_BASE = 0xFFFF_FFFF_8100_0000  # where the kernel is when KASLR is off
@@ -45,7 +46,7 @@ def make_print(text: bytes, base: int, decoded: Decoded, sites: Sites) -> Print:
     positions = [_operands(text, base, decoded, kind) for kind in ("disp", "imm")]
     absolute, size, sign = (np.concatenate(column) for column in zip(*positions, strict=True))
     order = np.argsort(absolute, kind="stable")
-    patched = _patched(len(text), base, decoded, sites)
+    patched = _patched(len(text), base, decoded, sites, absolute)
     plain = np.frombuffer(text, np.uint8).copy()
     plain[patched] = 0
     return Print(
@@ -79,16 +80,24 @@ def _between(value: npt.NDArray[np.uint64], start: int) -> npt.NDArray[np.bool_]
     return np.asarray(value - np.uint64(start % (1 << 64)) < np.uint64(_IMAGE_SPAN))
 
 
-def _patched(count: int, base: int, decoded: Decoded, sites: Sites) -> Rows:
-    """Byte positions that the kernel may rewrite while it runs."""
+def _patched(count: int, base: int, decoded: Decoded, sites: Sites, absolute: Rows) -> Rows:
+    """Byte positions that the kernel may rewrite while it runs, or at boot.
+
+    Wide immediates are among them, but for addresses in the image: what they hold is data, and at
+    each boot another one where the kernel writes where its tables are (runtime constants).
+    """
     tables = np.concatenate((sites.ftrace, sites.jump_labels, sites.static_calls))
     spread = (tables[:, None] + np.arange(_PATCH_BYTES, dtype=np.uint64)).ravel()
     locks = decoded.addr[(decoded.trait & Trait.LOCK) != 0]
+    wide = np.flatnonzero(decoded.imm_size == _WIDE)
+    wide_at = decoded.addr[wide] + decoded.imm[wide].astype(np.uint64)
+    wide_at = wide_at[~np.isin(wide_at, np.uint64(base) + absolute.astype(np.uint64))]
+    words = (wide_at[:, None] + np.arange(_WIDE, dtype=np.uint64)).ravel()
     others = [
         np.arange(start, end, dtype=np.uint64)
         for start, end in (*sites.static_text, *sites.other_modes)
     ]
-    addrs = np.concatenate((spread, locks, *others))
+    addrs = np.concatenate((spread, locks, words, *others))
     inside = (addrs >= np.uint64(base)) & (addrs < np.uint64(base + count))
     found = np.zeros(count, bool)
     found[(addrs[inside] - np.uint64(base)).astype(np.int64)] = True

@@ -29,6 +29,7 @@ from kernweave.analysis.kernel import (
     live_before,
 )
 from kernweave.analysis.liveness import live_before as live_alone
+from kernweave.analysis.normal import Print, differing
 from kernweave.analysis.parts import make_parts
 from kernweave.analysis.store import find, functions_at, save
 from kernweave.image.btf import Btf
@@ -53,11 +54,19 @@ class KernelImage:
         tables: of the text as it was analysed.
         changed: bool[f], functions whose text is another one now: their rows do not hold.
         from_cache: whether nothing had to be analysed.
+        print: the text that was analysed.
+        base: its run-time address then.
     """
 
     tables: KernelTables
     changed: Mask
     from_cache: bool
+    print: Print
+    base: int
+
+    def changed_in(self, text: bytes, base: int) -> Mask:
+        """bool[f]: functions that are other ones in the kernel's text as it is now."""
+        return functions_at(self.tables, differing(self.print, text, base - self.base), base)
 
 
 class Analysis:
@@ -123,7 +132,7 @@ class Analysis:
         if known is not None:
             changed = functions_at(known.tables, known.differs, base)
             if not _matters(known.tables, changed):
-                return KernelImage(known.tables, changed, True)
+                return KernelImage(known.tables, changed, True, known.print, known.base)
         return self._analyse(text, base)
 
     def _text(self, *, watched: bool = True) -> tuple[bytes, int]:
@@ -139,18 +148,18 @@ class Analysis:
         found = analyse_text(parts, sites, self._hints(), text, base)
         if self._folder:
             save(self._folder, found)
-        return KernelImage(found.tables, np.zeros(len(parts), bool), False)
+        unchanged = np.zeros(len(parts), bool)
+        return KernelImage(found.tables, unchanged, False, found.print, found.base)
 
     def source(self) -> Source:
         """The kernel's own text as it is now, to weave from.
 
         `KernelView.is_current` does not tell whether it still is: `Weaver.enter` does.
         """
-        text, base = self._text(watched=False)
         image = self.kernel
-        if image.changed.any():
-            image = self._analyse(text, base)
-        return make_source(image.tables, text, base, self._view.sites)
+        text, base = self._text(watched=False)
+        changed = image.changed_in(text, base)
+        return make_source(image.tables, text, base, self._view.sites, changed)
 
     @cached_property
     def btf(self) -> Btf | None:

@@ -41,6 +41,7 @@ _WORDS = {
     Why.DENIED: (Reason.DENYLIST, "its function is one of those in which nothing may be placed"),
     Why.BUSY_FTRACE: (Reason.BUSY_FTRACE, "ftrace uses its function's entry"),
     Why.SWAPGS: (Reason.SWAPGS, "its function changes the gs base"),
+    Why.CHANGED: (Reason.NO_CLONE, "its function has been changed since the kernel was analysed"),
     Why.ENTRY_BLOCK: (Reason.NO_CLONE, "the first block of its function cannot be cloned"),
     Why.LOCK: (Reason.LOCK_PREFIX, "its block has a lock prefix that may still be patched"),
     Why.SHADOW: (Reason.STI_SHADOW, "its block must stay with the one behind it"),

@@ -32,6 +32,7 @@ class Why(IntEnum):
     BUSY_FTRACE = 4  # ftrace uses its site
     SWAPGS = 5  # changes the gs base, which the counter needs
     ENTRY_BLOCK = 6  # its first block is a bail-out
+    CHANGED = 7  # its text is not what was analysed
     # blocks
     NOT_KNOWN = 16  # bytes that no decoder knows, or a branch in a form no compiler writes
     NEAR = 17  # loop, jrcxz, xbegin: reaches 128 bytes, or means its own address
@@ -76,7 +77,7 @@ class Scope:
     @property
     def bail_outs(self) -> Mask:
         """bool[b]: blocks of woven functions that are not cloned."""
-        return np.asarray(self.block > Why.ENTRY_BLOCK)
+        return np.asarray(self.block >= Why.NOT_KNOWN)
 
     @property
     def woven(self) -> Mask:
@@ -123,6 +124,7 @@ def _bad_functions(source: Source, asked: Mask | None) -> U8:
     swaps[instructions.function[(instructions.trait & Trait.SWAPGS) != 0]] = True
     homes = parent == np.arange(count)
     reasons = (
+        (Why.CHANGED, source.changed),
         (Why.SWAPGS, swaps),
         (Why.BUSY_FTRACE, homes & contains(sites.ftrace_busy, ftrace)),
         (Why.DENIED, denied),

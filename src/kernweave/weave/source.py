@@ -38,12 +38,14 @@ class Source:
         text: uint8[bytes], its native text, zeros behind it.
         base: run-time address of the first byte of text.
         sites: the kernel's tables.
+        changed: bool[f], functions whose text is another one than `tables` tells of.
     """
 
     tables: KernelTables
     text: U8
     base: int
     sites: Sites
+    changed: Mask
 
     @cached_property
     def at(self) -> I32:
@@ -87,7 +89,9 @@ class Source:
         return self.index.mark(*tables)
 
 
-def make_source(tables: KernelTables, text: bytes, base: int, sites: Sites) -> Source:
+def make_source(
+    tables: KernelTables, text: bytes, base: int, sites: Sites, changed: Mask | None = None
+) -> Source:
     """Tables and text of one image.
 
     Args:
@@ -95,8 +99,11 @@ def make_source(tables: KernelTables, text: bytes, base: int, sites: Sites) -> S
         text: its native text.
         base: run-time address of the first byte.
         sites: the kernel's tables.
+        changed: bool[f], functions whose text is another one than `tables` tells of; None: none.
     """
-    return Source(tables, np.frombuffer(text + bytes(_SLACK), np.uint8), base, sites)
+    if changed is None:
+        changed = np.zeros(len(tables.functions.addr), bool)
+    return Source(tables, np.frombuffer(text + bytes(_SLACK), np.uint8), base, sites, changed)
 
 
 def live_before(source: Source, rows: Rows) -> U32:
