@@ -125,7 +125,7 @@ def _leave(live: Live, tally: Tally) -> None:
     tally.refused["closed"] += int(left.closed.sum())
     tally.unrestored += [f"{addr:#x}" for addr in left.stuck]
     if left.visitors:
-        tally.unrestored.append(f"{left.visitors} tasks in clones of round {tally.rounds}")
+        tally.unrestored.append(f"tasks in clones of round {tally.rounds}: {left.stops}")
     if not left.stuck and not left.visitors:
         live.free()
 

@@ -33,6 +33,7 @@ from kernweave.weave.source import I32, Source
 _CHUNK = uapi.MAX_PERCPU
 _COUNTER_BYTES = 8
 _LEAVE_S = 2.0
+_LEAST_STOPS = 5  # before who is inside is left there: a grace period may take long
 _NOP5 = np.frombuffer(bytes.fromhex("0f1f440000"), np.uint8)
 _JUMP = 0xE9
 
@@ -170,7 +171,8 @@ class Live:
             driver.quiesce()  # again after each move: who was moved may know the place it had
             stops += (driver.move(self.area, Side.NATIVE),)
             inside = stops[-1].visitors + stops[-1].places
-            if not inside or time.monotonic() > deadline:
+            late = time.monotonic() > deadline and len(stops) >= _LEAST_STOPS
+            if not inside or late:
                 break
         if not inside:
             driver.quiesce()  # a task that ends is on no list at last
