@@ -134,6 +134,12 @@ def test_half_an_edge_is_no_point(text: str) -> None:
     assert "function+0xOFF->+0xOFF" in str(caught.value)
 
 
+def test_edge_that_a_shell_cut_off_says_so() -> None:
+    with pytest.raises(UsageError) as caught:
+        parse_point("f+0xA-")
+    assert "quote edges" in str(caught.value)
+
+
 def test_selector_to_come_is_told_from_one_that_is_not() -> None:
     with pytest.raises(UsageError, match="is not there yet"):
         parse_point("f@paths")

@@ -103,7 +103,7 @@ def count(
     \b
     POINT:  [kmod:]function[#N][+0xOFF[->[part]+0xOFF] | @selector]  or  0xADDR
             selectors: entry (default) return insns blocks edges calls loads stores
-            edges, as f+0x3c->+0x97, are counted by weaving only
+            edges, as 'f+0x36->+0x3c', are counted by weaving only
     \b
     CMD follows `--`, runs on the target, and its exit status is passed on. Without CMD and
     --for, counting goes on until Ctrl-C.

@@ -123,7 +123,7 @@ def parse_point(text: str) -> PointSpec:
         <Selector.BLOCKS: 'blocks'>
         >>> hex(parse_point("vfs_read+0x3f").offset)
         '0x3f'
-        >>> parse_point("vfs_read+0x3f->vfs_read.cold+0x0").to
+        >>> parse_point("vfs_read+0x36->vfs_read.cold+0x0").to
         EdgeEnd(function='vfs_read.cold', number=None, offset=0)
     """
     if re.fullmatch(r"0[xX][0-9a-fA-F]+", text):
@@ -133,6 +133,7 @@ def parse_point(text: str) -> PointSpec:
         edge = "function+0xOFF->+0xOFF, " if "->" in text else ""
         raise UsageError(
             f"not a point: {text!r}",
+            notes=["a shell takes > for itself: quote edges"] if text.endswith("-") else [],
             help=f"write {edge}function, function+0xOFF, function@blocks or 0xADDR",
         )
     offset = match["offset"]
@@ -196,7 +197,7 @@ def format_edge(name: str, offset: int, to_name: str, to_offset: int) -> str:
         to_offset: bytes from that part's symbol.
 
     Example:
-        >>> format_edge("vfs_read", 0x3f, "", 0x97)
-        'vfs_read+0x3f->+0x97'
+        >>> format_edge("vfs_read", 0x36, "", 0x3c)
+        'vfs_read+0x36->+0x3c'
     """
     return f"{name}+{offset:#x}->{to_name}+{to_offset:#x}"
