@@ -183,6 +183,13 @@ def test_count_edges_leading_to_a_block_add_up_to_its_hits(run: Kernweave) -> No
     ]
 
 
+def test_count_edges_that_cannot_be_woven_do_not_keep_the_rest_out(run: Kernweave) -> None:
+    row, end = rows(run("count", "vfs_read", "9p:v9fs_mount@edges", "--json", "--", "true"))
+    assert (row["point"], row["engine"]) == ("vfs_read", "splice") and row["hits"] > 0
+    assert {one["reason"] for one in end["refused"]} == {"no_clone"}
+    assert len(end["refused"]) == end["requested"] - 1 > 50
+
+
 def test_count_own_failure_with_a_command_is_125(run: Kernweave) -> None:
     run("count", "vfs_raed", "--", "true", status=125)
 

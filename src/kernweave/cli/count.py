@@ -62,7 +62,7 @@ class _CountCommand(click.Command):
     type=click.Choice(ENGINES),
     default="auto",
     help="splice: at the points themselves; weave: in clones of their functions; auto: weave "
-    "functions where a jump does not fit everywhere.",
+    "functions of which edges are asked for, or where a jump does not fit everywhere.",
 )
 @click.option(
     "--poison",

@@ -311,8 +311,8 @@ class Session:
         Args:
             points: as in the point grammar.
             engine: `splice`: at the points themselves; `weave`: in clones of their functions;
-                `auto`: weave functions in which a jump does not fit at every point asked for, and
-                splice the others.
+                `auto`: weave functions of which edges are asked for, or in which a jump does not
+                fit at every point asked for, and splice the others.
             partial: place what can be placed even of explicitly named points.
             tactics: allowed tactics, in order; None: all. Without `clone` nothing is woven, with
                 nothing else everything.
@@ -441,28 +441,31 @@ class Session:
                 continue
             joint = Joint(decision, clonable, choose_woven(decision, clonable))
             check_refusals(joint, partial)
-            if not joint.woven.any():
+            if not (joint.woven | joint.resolved.edges).any():
                 return self._splice(decide_again, partial, clobber, first=decision)
+            if not joint.woven.any():
+                return self._count_rest(joint, [], tactics, clobber)
             woven = self._weave(self.weaver.find(joint.resolved.only(joint.woven)), clobber)
             if woven:
-                return self._count_rest(joint, woven, tactics, clobber)
+                return self._count_rest(joint, [woven], tactics, clobber)
         raise DriverError(_TOO_FAST, errno.EBUSY)
 
     def _count_rest(
         self,
         joint: Joint,
-        woven: WovenCounts,
+        woven: list[WovenCounts],
         tactics: Sequence[str] | None,
         clobber: Clobber | None,
     ) -> Counts:
         """Splice what is not woven, and put both together."""
-        parts: list[Counts] = [woven]
+        parts: list[Counts] = [*woven]
         rest = joint.resolved.only(joint.spliced)
         try:
             if len(rest.rows):
                 parts.append(self._splice(lambda: self._decide_on(rest, tactics), False, clobber))
         except BaseException:
-            woven.detach()
+            for part in woven:
+                part.detach()
             raise
         both = BothCounts(parts, joint)
         self._attachments.append(both)
