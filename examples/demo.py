@@ -24,7 +24,8 @@ from kernweave.lab.machine import Lab
 from kernweave.lab.packages import fetch_headers, fetch_kernel, fetch_qemu
 from kernweave.lab.state import State
 from kernweave.model.plan import Tactic
-from kernweave.session.attachment import Attachment, Count
+from kernweave.session.attachment import Attachment
+from kernweave.session.counts import Count
 from kernweave.session.session import Session
 from kernweave.session.target import driver_kmod
 
@@ -121,7 +122,7 @@ def count(session: Session, oracle: Oracle) -> None:
     """Step 3: every block of vfs_read, counted twice."""
     began = time.monotonic()
     before = oracle.snapshot()
-    with session.count(POINT) as hits:
+    with session.splice(POINT) as hits:
         session.run(DD, check=True)
     counted = oracle.snapshot().since(before)
     step(3, "count", "every block of vfs_read while dd reads 100,000 bytes", began)

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import kernweave
 from kernweave.lab.machine import Lab
+from kernweave.session.attach import Clobber, overwrite_dead
 from kernweave.session.attachment import Attachment
 from kernweave.session.session import Session
 from stress_ng import stress_ng
@@ -26,14 +27,6 @@ GLOBS = (
 )  # fmt: skip
 ENOUGH = 20_000
 TACTICS = ("nop5", "jmp32", "group", "springboard")
-
-Clobber = Callable[[int, int], int]
-
-
-def overwrite_dead(addr: int, dead: int) -> int:
-    """What the analysis calls dead, all of it."""
-    del addr
-    return dead
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from kernweave.driver.records import ExitStatus
 from kernweave.lab.build import build_kmod
 from kernweave.lab.machine import Lab
 from kernweave.lab.packages import fetch_kernel
+from kernweave.session.attach import overwrite_dead
 from kernweave.session.generations import Live
 from kernweave.session.session import Session
 from kernweave.session.woven import poison_counters
@@ -28,7 +29,6 @@ from kernweave.weave.counters import (
     select_stores,
 )
 from kernweave.weave.scope import find_scope
-from poison import overwrite_dead
 from torture import Game, Load, Tally
 
 Mask = npt.NDArray[np.bool_]

@@ -30,6 +30,8 @@ class Reason(StrEnum):
     BUSY_PLAN = "busy_plan"
     EVICTED = "evicted"
     NO_CLONE = "no_clone"
+    EDGE = "edge"
+    NO_EDGE = "no_edge"
 
 
 class KernweaveError(Exception):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -16,7 +17,7 @@ from kernweave.model.point import Kind
 from kernweave.session.counts import Counts
 from kernweave.session.engines import BothCounts, Joint, choose_woven, find_engine, lacks_jump
 
-JUMP, TRAP = Tactic.JMP32, Tactic.INT3
+JUMP, TRAP, EDGE = Tactic.JMP32, Tactic.INT3, Reason.EDGE
 Mask = npt.NDArray[np.bool_]
 
 
@@ -24,12 +25,19 @@ def point(i: int) -> Point:
     return Point(f"f{i}", f"f{i}", None, 0, 0x1000 + i, Kind.INSN)
 
 
-def decided(functions: list[int], tactics: list[Tactic | None]) -> Any:
-    """The verdict on one point per function named; None is a refusal."""
+def decided(functions: list[int], tactics: Sequence[Tactic | Reason | None]) -> Any:
+    """The verdict on one point per function named; None is a refusal, `EDGE` that of an edge."""
     parts = [SimpleNamespace(group=0x1000 * one) for one in range(10)]
     count = len(functions)
     code = SimpleNamespace(parts=parts, part=np.array(functions))
-    resolved = SimpleNamespace(code=code, rows=np.arange(count), refused=(), point=point)
+    resolved = SimpleNamespace(
+        code=code,
+        rows=np.arange(count),
+        edges=np.array([tactic is EDGE for tactic in tactics]),
+        refused=(),
+        point=point,
+    )
+    tactics = [None if tactic is EDGE else tactic for tactic in tactics]
     return SimpleNamespace(
         resolved=resolved,
         back=np.arange(count),
@@ -40,7 +48,9 @@ def decided(functions: list[int], tactics: list[Tactic | None]) -> Any:
 
 
 def clonable(placed: list[bool]) -> Any:
-    return SimpleNamespace(placed=np.array(placed))
+    return SimpleNamespace(
+        placed=np.array(placed), refused=lambda i: Refused(f"f{i}", Reason.NO_CLONE, "no clone")
+    )
 
 
 @pytest.mark.parametrize(
@@ -52,10 +62,13 @@ def clonable(placed: list[bool]) -> Any:
         ([1, 1], [JUMP, TRAP], [False, True], [False, False]),  # one cannot be counted there
         ([1, 2], [None, JUMP], [True, False], [True, False]),
         ([1, 2], [None, TRAP], [False, True], [False, True]),
+        ([1, 2], [EDGE, JUMP], [True, True], [True, False]),
+        ([1, 1, 1], [EDGE, EDGE, JUMP], [True, False, True], [True, True, True]),
+        ([1, 1], [EDGE, JUMP], [False, True], [False, False]),
     ],
 )
 def test_functions_where_a_jump_does_not_fit_everywhere_are_woven(
-    functions: list[int], tactics: list[Tactic | None], can: list[bool], woven: list[bool]
+    functions: list[int], tactics: list[Tactic | Reason | None], can: list[bool], woven: list[bool]
 ) -> None:
     found = choose_woven(decided(functions, tactics), clonable(can))
     assert found.tolist() == woven
@@ -131,7 +144,8 @@ class Fixed(Counts):
 
 def test_numbers_of_both_engines_come_in_the_order_asked_for() -> None:
     decision = decided([0, 1, 2, 3, 4], [JUMP, TRAP, None, TRAP, JUMP])
-    joint = Joint(cast(Any, decision), np.array([False, True, False, True, False]))
+    can = clonable([True, True, False, True, True])
+    joint = Joint(cast(Any, decision), can, np.array([False, True, False, True, False]))
     both = BothCounts([Fixed([1, 3], "weave", inside=2), Fixed([0, 4], "splice")], joint)
     assert [one.text for one in both.placed] == ["f0", "f1", "f3", "f4"]
     assert [one.point for one in both.refused] == ["f2"]
@@ -148,7 +162,18 @@ def test_numbers_of_both_engines_come_in_the_order_asked_for() -> None:
 
 def test_what_is_woven_alone_is_told_with_what_is_refused() -> None:
     decision = decided([0, 1], [None, TRAP])
-    joint = Joint(cast(Any, decision), np.array([False, True]))
+    joint = Joint(cast(Any, decision), clonable([False, True]), np.array([False, True]))
     both = BothCounts([Fixed([1], "weave")], joint)
     assert [row.hits for row in both.rows()] == [10]
     assert [one.point for one in both.refused] == ["f0"]
+
+
+def test_what_a_woven_function_has_no_clone_of_is_refused_for_that_reason() -> None:
+    decision = decided([1, 1, 1, 2], [EDGE, EDGE, JUMP, EDGE])
+    can = clonable([True, False, False, False])
+    joint = Joint(cast(Any, decision), can, choose_woven(decision, can))
+    assert joint.woven.tolist() == joint.placed.tolist() == [True, False, False, False]
+    assert not joint.spliced.any()
+    assert [(one.point, one.reason) for one in joint.all_refused()] == [
+        (name, Reason.NO_CLONE) for name in ("f1", "f2", "f3")
+    ]

@@ -17,6 +17,7 @@ from clones import Check, Native
 from kernweave.analysis.code import Part
 from kernweave.analysis.expand import select_rows
 from kernweave.analysis.imagefile import FileText, load_file
+from kernweave.analysis.inner import find_inner_edges
 from kernweave.image.sites import contains
 from kernweave.image.vmlinuz import open_image
 from kernweave.lab.packages import fetched_kernel
@@ -24,6 +25,7 @@ from kernweave.model.point import Selector
 from kernweave.weave.clonemap import Patched, bugs_of, exceptions_of, make_entries, make_mirror
 from kernweave.weave.counters import (
     Place,
+    places_of,
     select_blocks,
     select_calls,
     select_edges,
@@ -187,6 +189,8 @@ def test_clones_have_no_indirect_branch_that_is_not_native(stock: Stock) -> None
         (select_calls, Selector.CALLS),
         (select_returns, Selector.RETURN),
         (select_entries, Selector.ENTRY),
+        (select_loads, Selector.LOADS),
+        (select_stores, Selector.STORES),
     ],
 )
 def test_selectors_mean_the_same_instructions_as_elsewhere(
@@ -206,6 +210,18 @@ def test_selectors_mean_the_same_instructions_as_elsewhere(
         assert np.isin(flow, (Flow.CALL, Flow.INDIRECT_CALL)).all()
         ours[extra] = False
     assert np.array_equal(ours, theirs)
+
+
+def test_edges_of_code_alone_are_those_of_the_tables(stock: Stock) -> None:
+    code, functions = stock.native.code, stock.source.tables.functions
+    lost = functions.addr[~functions.returns]
+    comes_back = (code.flow != Flow.CALL) | ~np.isin(code.target, lost)
+    inner = find_inner_edges(code, stock.file.sites, comes_back)
+    rows = inner.of_parts(np.flatnonzero(stock.scope.woven).tolist())
+    places = places_of(inner.kind[rows], code.flow[inner.source[rows]])
+    insn, place = select_edges(stock.source, stock.scope)
+    ours, theirs = inner.source[rows] * len(Place) + places, insn * len(Place) + place
+    assert np.array_equal(np.sort(ours), np.sort(theirs))
 
 
 def test_random_copies_read_like_their_native_instructions(stock: Stock) -> None:

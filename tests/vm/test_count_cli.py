@@ -118,7 +118,14 @@ def test_count_without_command_ends_at_interrupt_as_success(run: Kernweave, mach
         (["count", "vfs_read+0x3"], 1, ["starts at +0x0", "next at +0x5", "not_boundary"]),
         (["count", "no_such_*"], 1, ["no function matches no_such_*"]),
         (["count", "vfs_read", "--for", "0"], 2, ["--for 0 is no time"]),
-        (["count", "vfs_read@edges"], 2, ["@edges is not there yet"]),
+        (["count", "vfs_read@paths"], 2, ["@paths is not there yet"]),
+        (["count", "vfs_read@edges", "--engine", "splice"], 1, ["counted in a clone only", "edge"]),
+        (
+            ["count", "vfs_read+0x0->+0x0"],
+            1,
+            ["no edge inside the function leaves +0x0", "no_edge"],
+        ),
+        (["count", "vfs_read->+0x5"], 2, ["not a point", "function+0xOFF->+0xOFF"]),
         (["count", "vfs_read", "--scope", "flow"], 2, ["--scope is not there yet"]),
         (["count", "vfs_read", "--engine", "weave", "--tactic", "jmp32"], 2, ["contradict"]),
         (["count", "vfs_read", "-o", "x.xml"], 2, ["cannot write x.xml", ".jsonl, .csv"]),
@@ -139,6 +146,48 @@ def test_count_bad_input_is_one_error_and_changes_nothing(
     assert not done.stdout and "Traceback" not in done.stderr
     with Session(f"lab:{machine.name}", writer=False) as watcher:
         assert not len(watcher.driver.placed())
+
+
+def test_count_poison_is_for_labs_only(run: Kernweave) -> None:
+    for target in ("local", "ssh://there"):
+        run.argv[run.argv.index("--target") + 1] = target
+        done = run("count", "vfs_read", "--poison", "--json", status=2)
+        assert f"not on {target}" in done.stderr
+
+
+def test_count_edges_leading_to_a_block_add_up_to_its_hits(run: Kernweave) -> None:
+    """Woven, with everything dead overwritten; every printed point means the same again."""
+    points = [f"vfs_read@{one}" for one in ("blocks", "edges", "loads", "stores")]
+    command = ("dd", "if=/dev/zero", "of=/dev/null", "bs=1", "count=1000", "status=none")
+    *found, end = rows(run("count", *points, "--poison", "--json", "--", *command))
+    assert end["tactics"] == {"clone": len(found)} and end["refused"] == [] and end["text_restored"]
+    assert {row["engine"] for row in found} == {"weave"} and all(row["exact"] for row in found)
+    of_kind = {
+        kind: [row for row in found if row["kind"] == kind]
+        for kind in ("block", "edge", "load", "store")
+    }
+    arrivals: dict[str, int] = {}
+    for edge in of_kind["edge"]:
+        arrivals[edge["to_addr"]] = arrivals.get(edge["to_addr"], 0) + edge["hits"]
+    entry, *inner = of_kind["block"]
+    assert entry["point"] == "vfs_read" and entry["hits"] >= 1000
+    assert {row["addr"]: row["hits"] for row in inner} == {
+        row["addr"]: arrivals[row["addr"]] for row in inner
+    }
+    assert sum(arrivals.values()) > 5000
+    for kind in ("load", "store"):
+        assert max(row["hits"] for row in of_kind[kind]) >= 1000
+    again = rows(run("sites", *(row["point"] for row in of_kind["edge"]), "--json"))[:-1]
+    assert [(one["addr"], one["tactic"]) for one in again] == [
+        (row["addr"], "clone") for row in of_kind["edge"]
+    ]
+
+
+def test_count_edges_that_cannot_be_woven_do_not_keep_the_rest_out(run: Kernweave) -> None:
+    row, end = rows(run("count", "vfs_read", "9p:v9fs_mount@edges", "--json", "--", "true"))
+    assert (row["point"], row["engine"]) == ("vfs_read", "splice") and row["hits"] > 0
+    assert {one["reason"] for one in end["refused"]} == {"no_clone"}
+    assert len(end["refused"]) == end["requested"] - 1 > 50
 
 
 def test_count_own_failure_with_a_command_is_125(run: Kernweave) -> None:

@@ -13,10 +13,11 @@ import pytest
 import kernweave
 from kernweave.errors import KernweaveError
 from kernweave.lab.machine import Lab
+from kernweave.session.attach import overwrite_dead
 from kernweave.session.session import Session
 from kernweave.session.target import driver_kmod
 from kernweave.x86.decode import REG_NAMES
-from poison import check_poisoned_kernel, load, overwrite_dead, poisoned
+from poison import check_poisoned_kernel, load, poisoned
 
 SERIES = "6.1"
 HOT = ("vfs_*", "pipe_*", "ksys_*", "*_fair", "futex_*", "handle_*", "kmem_*", "d_*", "sock_*")

@@ -11,18 +11,21 @@ import numpy.typing as npt
 from kernweave.analysis.code import Code
 from kernweave.model.point import Selector
 from kernweave.x86.decode import Flow
+from kernweave.x86.memory import Memory, find_memory
 
 Mask = npt.NDArray[np.bool_]
 Rows = npt.NDArray[np.int64]
 
 
 def select_rows(code: Code, parts: Sequence[int], selector: Selector) -> Rows:
-    """Rows of the points that `selector` means in `parts`, ascending by row."""
+    """Rows of the points that `selector` means in `parts`, ascending by row; not of edges."""
     if selector is Selector.ENTRY:
         found = np.unique(code.entries[parts])
         return found[found >= 0]
     inside = np.zeros(len(code.parts), bool)
     inside[parts] = True
+    if selector in _ACCESS:
+        return _accessing(code, np.flatnonzero(inside[code.part]), _ACCESS[selector])
     return np.flatnonzero(inside[code.part] & _SELECT[selector](code))
 
 
@@ -63,6 +66,19 @@ def _is_return_thunk(code: Code) -> Mask:
     return np.isin(code.target, code.return_thunks)
 
 
+def _accessing(code: Code, rows: Rows, access: Memory) -> Rows:
+    """Some of the rows: those with an explicit memory operand that they read or write."""
+    starts = np.array([part.start for part in code.parts], np.uint64)
+    ends = np.cumsum([len(part.code) for part in code.parts], dtype=np.int64)
+    text = b"".join(part.code for part in code.parts)
+    part = code.part[rows]
+    inside = (code.addr[rows] - starts[part]).astype(np.int64)
+    at = inside + np.append(0, ends)[part]
+    found = find_memory(text, at, code.length[rows])
+    return np.asarray(rows[(found & access) != 0])
+
+
+_ACCESS = {Selector.LOADS: Memory.LOAD, Selector.STORES: Memory.STORE}
 _SELECT = {
     Selector.INSNS: _insns,
     Selector.BLOCKS: _blocks,

@@ -39,7 +39,7 @@ def make_parts(image: Symbols, base: int, text: bytes, sites: Sites) -> list[Par
     parts = []
     for start, end in zip(image.starts, ends, strict=True):
         name = image.name_at[start]
-        home = _home(image, name, start)
+        home = home_of(image, name, start)
         code = b"" if start in other_modes else trim(text[start - base : end - base])
         parts.append(Part(name, name, image.kmod, start, code, home, is_c[home]))
     return parts
@@ -50,7 +50,7 @@ def _has_ftrace(starts: npt.NDArray[np.uint64], sites: Sites) -> npt.NDArray[np.
     return np.asarray(contains(sites.ftrace, starts) | contains(sites.ftrace, behind))
 
 
-def _home(image: Symbols, name: str, start: int) -> int:
+def home_of(image: Symbols, name: str, start: int) -> int:
     """The function a part belongs to: of several of that name the nearest one.
 
     The linker puts the cold parts of one file in the order of the functions, so this is a guess

@@ -21,6 +21,7 @@ from kernweave.cli.output import (
 )
 from kernweave.errors import UsageError
 from kernweave.model.plan import Tactic
+from kernweave.session.attach import overwrite_dead
 from kernweave.session.counts import Count, Counts
 from kernweave.session.engines import ENGINES
 from kernweave.session.session import Completed, Session
@@ -61,7 +62,12 @@ class _CountCommand(click.Command):
     type=click.Choice(ENGINES),
     default="auto",
     help="splice: at the points themselves; weave: in clones of their functions; auto: weave "
-    "functions where a jump does not fit everywhere.",
+    "functions of which edges are asked for, or where a jump does not fit everywhere.",
+)
+@click.option(
+    "--poison",
+    is_flag=True,
+    help="Overwrite what is dead before each counter, so that wrong liveness shows; labs only.",
 )
 @click.option("--all", "every", is_flag=True, help="Print every row, not the first 30.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
@@ -81,6 +87,7 @@ def count(
     tactic: str | None,
     no_trap: bool,
     engine: str,
+    poison: bool,
     every: bool,
     as_json: bool,
     file: Path | None,
@@ -92,9 +99,11 @@ def count(
       kernweave count vfs_read -- dd if=/dev/zero of=/dev/null count=1000
       kernweave count 'vfs_read@blocks' --for 2
       kernweave count vfs_read+0x31 'tcp_*' --json -- curl localhost
+      kernweave count vfs_read@edges --all -- dd if=/dev/zero of=/dev/null count=1000
     \b
-    POINT:  [kmod:]function[#N][+0xOFF | @selector]  or  0xADDR
-            selectors: entry (default) return insns blocks calls
+    POINT:  [kmod:]function[#N][+0xOFF[->[part]+0xOFF] | @selector]  or  0xADDR
+            selectors: entry (default) return insns blocks edges calls loads stores
+            edges, as 'f+0x36->+0x3c', are counted by weaving only
     \b
     CMD follows `--`, runs on the target, and its exit status is passed on. Without CMD and
     --for, counting goes on until Ctrl-C.
@@ -103,11 +112,19 @@ def count(
         raise UsageError(f"--for {seconds:g} is no time", help="give a number of seconds above 0")
     if file is not None:
         check_path(file)
+    if poison and obj["target"].partition(":")[0] != "lab":
+        raise UsageError(
+            f"--poison may crash the kernel: not on {obj['target']}",
+            help="use a lab: kernweave --target lab count ...",
+        )
     tactics = _tactics(tactic, no_trap, engine)
     with connect(obj["target"], progress=progress) as session:
         done = None
         try:
-            hits = session.count(*points, engine=engine, partial=partial, tactics=tactics)
+            clobber = overwrite_dead if poison else None
+            hits = session.count(
+                *points, engine=engine, partial=partial, tactics=tactics, clobber=clobber
+            )
         except KeyboardInterrupt:  # once something is placed, an interrupt is the normal end
             if not session.attachments:
                 raise

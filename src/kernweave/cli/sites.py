@@ -16,8 +16,10 @@ from kernweave.cli.output import print_json, print_table, progress
 from kernweave.model.plan import Tactic
 from kernweave.session.session import Session
 from kernweave.session.survey import Survey
+from kernweave.session.woven import CLONE
 
 _SHOWN_ROWS = 30
+_TACTICS = (*Tactic, CLONE)
 
 
 @click.command()
@@ -30,6 +32,8 @@ def sites(
     obj: dict[str, Any], points: tuple[str, ...], tactic: str | None, every: bool, as_json: bool
 ) -> int:
     """Tell the tactic, or the reason of the refusal, for each POINT. Changes nothing.
+
+    Without --tactic, edges have the tactic clone.
 
     \b
     Examples:
@@ -44,7 +48,7 @@ def sites(
             _print_json(session, found)
         else:
             _print_human(found, tally, every)
-    return 0 if any(name in tally for name in Tactic) else 1
+    return 0 if any(name in tally for name in _TACTICS) else 1
 
 
 def _print_json(session: Session, found: Survey) -> None:
@@ -87,7 +91,7 @@ def _print_human(found: Survey, tally: dict[str, int], every: bool) -> None:
     print()
     total = len(found)
     rows = [
-        (name if name in set(Tactic) else f"refused: {name}", f"{n:,}", f"{100 * n / total:.2f}%")
+        (name if name in _TACTICS else f"refused: {name}", f"{n:,}", f"{100 * n / total:.2f}%")
         for name, n in tally.items()
     ]
     print_table(

@@ -34,6 +34,7 @@ class Point:
         offset: bytes from the part's symbol.
         addr: run-time address.
         kind: what it is.
+        to_addr: of an edge, run-time address of the instruction it leads to.
     """
 
     text: str
@@ -42,6 +43,7 @@ class Point:
     offset: int
     addr: int
     kind: Kind
+    to_addr: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,10 @@ class Selector(StrEnum):
     RETURN = "return"
     INSNS = "insns"
     BLOCKS = "blocks"
+    EDGES = "edges"
     CALLS = "calls"
+    LOADS = "loads"
+    STORES = "stores"
 
 
 class Kind(StrEnum):
@@ -27,7 +30,10 @@ class Kind(StrEnum):
     RETURN = "return"
     INSN = "insn"
     BLOCK = "block"
+    EDGE = "edge"
     CALL = "call"
+    LOAD = "load"
+    STORE = "store"
 
 
 KIND_OF = {
@@ -35,18 +41,39 @@ KIND_OF = {
     Selector.RETURN: Kind.RETURN,
     Selector.INSNS: Kind.INSN,
     Selector.BLOCKS: Kind.BLOCK,
+    Selector.EDGES: Kind.EDGE,
     Selector.CALLS: Kind.CALL,
+    Selector.LOADS: Kind.LOAD,
+    Selector.STORES: Kind.STORE,
 }
 
-_LATER = {"edges", "loads", "stores", "paths"}
+_LATER = {"paths"}
 
+_NUMBER = r"\#(?P<{}>[1-9][0-9]*)"
+_OFFSET = r"\+(?P<{}>0[xX][0-9a-fA-F]+|[0-9]+)"
+_TO = rf"->(?:(?P<to>[\w.$-]+?)(?:{_NUMBER.format('to_number')})?)?{_OFFSET.format('to_offset')}"
 _POINT = re.compile(
-    r"""(?:(?P<kmod>[\w.-]+):)?
+    rf"""(?:(?P<kmod>[\w.-]+):)?
         (?P<function>[\w.*?\[\]!$-]+?)
-        (?:\#(?P<number>[1-9][0-9]*))?
-        (?:\+(?P<offset>0[xX][0-9a-fA-F]+|[0-9]+)|@(?P<selector>\w+))?""",
+        (?:{_NUMBER.format("number")})?
+        (?:{_OFFSET.format("offset")}(?:{_TO})?|@(?P<selector>\w+))?""",
     re.VERBOSE,
 )
+
+
+@dataclass(frozen=True, slots=True)
+class EdgeEnd:
+    """Where an edge leads: a place in the same function.
+
+    Attributes:
+        function: the function part's name; empty: the part in which the edge begins.
+        number: 1-based choice among equal names, or None.
+        offset: bytes from the part's symbol.
+    """
+
+    function: str
+    number: int | None
+    offset: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +88,7 @@ class PointSpec:
         offset: bytes from the symbol, or None.
         selector: which points of the function, when there is no offset.
         addr: run-time address for `0xADDR`, or None.
+        to: of an edge, where it leads.
     """
 
     text: str
@@ -70,6 +98,7 @@ class PointSpec:
     offset: int | None
     selector: Selector
     addr: int | None
+    to: EdgeEnd | None = None
 
     @property
     def is_glob(self) -> bool:
@@ -94,16 +123,18 @@ def parse_point(text: str) -> PointSpec:
         <Selector.BLOCKS: 'blocks'>
         >>> hex(parse_point("vfs_read+0x3f").offset)
         '0x3f'
+        >>> parse_point("vfs_read+0x36->vfs_read.cold+0x0").to
+        EdgeEnd(function='vfs_read.cold', number=None, offset=0)
     """
     if re.fullmatch(r"0[xX][0-9a-fA-F]+", text):
         return PointSpec(text, None, "", None, None, Selector.INSNS, int(text, 16))
     match = _POINT.fullmatch(text)
-    if match is None or "->" in text:
-        later = "edges are not there yet" if "->" in text else None
+    if match is None:
+        edge = "function+0xOFF->+0xOFF, " if "->" in text else ""
         raise UsageError(
             f"not a point: {text!r}",
-            notes=[later] if later else [],
-            help="write function, function+0xOFF, function@blocks or 0xADDR",
+            notes=["a shell takes > for itself: quote edges"] if text.endswith("-") else [],
+            help=f"write {edge}function, function+0xOFF, function@blocks or 0xADDR",
         )
     offset = match["offset"]
     return PointSpec(
@@ -114,7 +145,13 @@ def parse_point(text: str) -> PointSpec:
         int(offset, 0) if offset else None,
         _parse_selector(text, match["selector"]),
         None,
+        _parse_end(match) if match["to_offset"] else None,
     )
+
+
+def _parse_end(match: re.Match[str]) -> EdgeEnd:
+    number = int(match["to_number"]) if match["to_number"] else None
+    return EdgeEnd(match["to"] or "", number, int(match["to_offset"], 0))
 
 
 def _parse_selector(text: str, name: str | None) -> Selector:
@@ -148,3 +185,19 @@ def format_point(name: str, offset: int, kind: Kind, *, at_entry: bool) -> str:
     if at_entry and kind in (Kind.ENTRY, Kind.BLOCK):
         return name
     return f"{name}+{offset:#x}"
+
+
+def format_edge(name: str, offset: int, to_name: str, to_offset: int) -> str:
+    """The printed form of an edge, which `parse_point` accepts.
+
+    Args:
+        name: the function part's name, with kmod and number where they are needed.
+        offset: bytes from the part's symbol to the instruction that leads on.
+        to_name: the part it leads to, without kmod; empty: the same.
+        to_offset: bytes from that part's symbol.
+
+    Example:
+        >>> format_edge("vfs_read", 0x36, "", 0x3c)
+        'vfs_read+0x36->+0x3c'
+    """
+    return f"{name}+{offset:#x}->{to_name}+{to_offset:#x}"

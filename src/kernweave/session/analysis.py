@@ -103,6 +103,13 @@ class Analysis:
                 found |= contains(self._kmod_landings(image), code.addr)
         return found
 
+    def comes_back(self, code: Code) -> Mask:
+        """bool[n]: False for calls of functions of the kernel that do not return."""
+        functions = self.kernel.tables.functions
+        lost = functions.addr[~functions.returns & ~self.kernel.changed]
+        calls = (code.flow == Flow.CALL) & contains(lost, code.target)
+        return np.asarray(~calls | contains(self._view.sites.static_calls, code.addr))
+
     def _kmod_landings(self, image: Symbols) -> npt.NDArray[np.uint64]:
         code = build_code(self._kmod_parts(image), self._view.sites)
         start, end = code.thunks

@@ -21,7 +21,7 @@ from kernweave.errors import KernweaveError, Reason, RefusedError
 from kernweave.image.sites import Sites, contains
 from kernweave.model.plan import Copies, Plan, Point, Pokes, Refused, Tactic
 from kernweave.session.attachment import Placed
-from kernweave.session.resolve import Resolved
+from kernweave.session.resolved import Resolved
 from kernweave.splice.board import Boards
 from kernweave.splice.layout import (
     COUNTER_BYTES,
@@ -54,6 +54,12 @@ Clobber = Callable[[int, int], int]
 Amend = Callable[[Plan], Plan]
 
 
+def overwrite_dead(addr: int, dead: int) -> int:
+    """A `Clobber`: all that is dead, wherever that is."""
+    del addr
+    return dead
+
+
 class Known(Protocol):
     """What the whole kernel tells of some functions."""
 
@@ -73,7 +79,7 @@ class Decision:
         code: its functions, with every landing that is known.
         alone: nothing but the functions' own ftrace sites is asked for.
         back: int64[m], row of `placement` that each point has.
-        placement: of each instruction asked for.
+        placement: of each instruction asked for, and behind them of each edge, which has none.
         beyond: bool[u], instructions that would trap, of which the kernel bears only so many.
     """
 
@@ -123,18 +129,31 @@ def decide(
             answer needs the whole kernel's text.
     """
     code = resolved.code
-    rows, back = np.unique(resolved.counted, return_inverse=True)
+    edges = resolved.edges
+    rows, number = np.unique(resolved.counted[~edges], return_inverse=True)
+    back = np.empty(len(edges), np.int64)
+    back[~edges], back[edges] = number, len(rows) + np.arange(edges.sum())
     # a function's ftrace site tells by itself what is dead there, and no jump leads behind it
     alone = not jumps_in(rules.tactics) or bool(contains(sites.ftrace, code.addr[rows]).all())
     if not alone:
         code = replace(code, landing=code.landing | known.landing(code))
         rules = replace(rules, translates=can_translate())
-    placement = place(code, rows, sites, rules)
-    beyond = np.zeros(len(rows), bool)
+    placement = _with_edges(place(code, rows, sites, rules), resolved.rows[edges])
+    beyond = np.zeros(len(placement.rows), bool)
     beyond[np.flatnonzero(placement.tactic == Tactic.INT3)[MAX_TRAPS:]] = True
     placement.reason[beyond] = Reason.TOO_SHORT
     placement.tactic[beyond] = None
     return Decision(resolved, code, alone, back, placement, beyond)
+
+
+def _with_edges(placement: Placement, rows: npt.NDArray[np.int64]) -> Placement:
+    """The placement with rows behind it that no tactic fits: the edges that leave them."""
+    return replace(
+        placement,
+        rows=np.append(placement.rows, rows),
+        tactic=np.append(placement.tactic, np.full(len(rows), None, object)),
+        reason=np.append(placement.reason, np.full(len(rows), Reason.EDGE, object)),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -345,6 +364,8 @@ _HELP = {
     Reason.TOO_SHORT: "probe a neighbouring instruction of at least 5 bytes",
     Reason.BUSY_FTRACE: "end the other tracer, or probe an instruction behind the entry",
     Reason.BUSY_KPROBE: "remove the kprobe",
+    Reason.EDGE: "let it be woven: --engine auto or weave",
+    Reason.NO_EDGE: "choose an edge of function@edges",
 }
 
 

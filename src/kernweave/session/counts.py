@@ -121,7 +121,7 @@ class Counts(ABC):
                 function=point.function,
                 offset=point.offset,
                 addr=f"{point.addr:#x}",
-                to_addr=None,
+                to_addr=None if point.to_addr is None else f"{point.to_addr:#x}",
                 kind=point.kind.value,
                 hits=hits,
                 missed=missed,

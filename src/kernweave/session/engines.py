@@ -14,7 +14,7 @@ from kernweave.errors import UsageError
 from kernweave.model.plan import Refused, Tactic
 from kernweave.session.attach import Decision
 from kernweave.session.counts import Counts
-from kernweave.session.resolve import Resolved
+from kernweave.session.resolved import Resolved
 from kernweave.session.woven import CLONE, Clonable
 
 Mask = npt.NDArray[np.bool_]
@@ -48,15 +48,18 @@ def lacks_jump(decision: Decision) -> Mask:
 
 
 def choose_woven(decision: Decision, clonable: Clonable) -> Mask:
-    """bool[m]: points to count in clones.
+    """bool[m]: points whose function is woven; it is spliced or woven, never both.
 
-    Those of each function in which a jump does not fit everywhere that is asked for, if all of them
-    can be counted in its clone: a function is spliced or woven, never both.
+    Those are functions in which a jump does not fit everywhere that is asked for, if all of them
+    can be counted in its clone. Edges are counted nowhere else: a function of which any can be
+    counted is woven, and what else is asked for in it is counted there, too, or refused.
     """
-    function = _function_of(decision.resolved)
+    resolved = decision.resolved
+    function = _function_of(resolved)
     lacking = np.unique(function[lacks_jump(decision)])
     impossible = np.unique(function[~clonable.placed])
-    return np.isin(function, np.setdiff1d(lacking, impossible))
+    parted = np.unique(function[resolved.edges & clonable.placed])
+    return np.isin(function, np.append(np.setdiff1d(lacking, impossible), parted))
 
 
 def _function_of(resolved: Resolved) -> npt.NDArray[np.uint64]:
@@ -72,11 +75,13 @@ class Joint:
 
     Attributes:
         decision: on all of it, spliced.
-        woven: bool[m], what is woven instead.
+        clonable: on all of it, woven.
+        chosen: bool[m], points whose function is woven.
     """
 
     decision: Decision
-    woven: Mask
+    clonable: Clonable
+    chosen: Mask
 
     @property
     def resolved(self) -> Resolved:
@@ -84,19 +89,27 @@ class Joint:
         return self.decision.resolved
 
     @property
+    def woven(self) -> Mask:
+        """bool[m]: what is woven."""
+        return np.asarray(self.clonable.placed & self.chosen)
+
+    @property
     def spliced(self) -> Mask:
         """bool[m]: what is spliced."""
-        return np.asarray(self.decision.placed & ~self.woven)
+        return np.asarray(self.decision.placed & ~self.chosen)
 
     @property
     def placed(self) -> Mask:
         """bool[m]: what is counted."""
-        return np.asarray(self.decision.placed | self.woven)
+        return np.asarray(self.spliced | self.woven)
 
     def all_refused(self) -> list[Refused]:
         """Everything that is not counted; points that do not exist first."""
+        by_clone = self.chosen | self.resolved.edges
         rows = np.flatnonzero(~self.placed).tolist()
-        return [*self.resolved.refused, *(self.decision.refused(i) for i in rows)]
+        verdicts = (self.clonable if by_clone[i] else self.decision for i in rows)
+        refused = (one.refused(i) for one, i in zip(verdicts, rows, strict=True))
+        return [*self.resolved.refused, *refused]
 
 
 class BothCounts(Counts):

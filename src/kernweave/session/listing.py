@@ -68,19 +68,21 @@ class Listing:
         self._edges = _edges_by_addr(kernel, code, sites)
 
     def rows(self, live: npt.NDArray[np.uint32], verdicts: Sequence[SiteVerdict]) -> list[InsnInfo]:
-        """One row per instruction.
+        """One row per instruction with a verdict: a cold part's function may not be asked for.
 
         Args:
             live: uint32[n], mask of what is live before each.
             verdicts: what could be placed at each.
         """
         known = {one.addr: one for one in verdicts}
-        return [self._describe(row, int(mask), known) for row, mask in enumerate(live)]
+        found = (
+            (row, known.get(f"{addr:#x}")) for row, addr in enumerate(self._code.addr.tolist())
+        )
+        return [self._describe(row, int(live[row]), one) for row, one in found if one]
 
-    def _describe(self, row: int, live: int, verdicts: dict[str | None, SiteVerdict]) -> InsnInfo:
+    def _describe(self, row: int, live: int, verdict: SiteVerdict) -> InsnInfo:
         code, addr = self._code, int(self._code.addr[row])
         part = code.parts[int(code.part[row])]
-        verdict = verdicts[f"{addr:#x}"]
         target = int(code.target[row])
         edges = self._edges.get(addr, [])
         return InsnInfo(

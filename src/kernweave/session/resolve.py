@@ -3,25 +3,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import numpy.typing as npt
 
-from kernweave.analysis.code import Code, Part, build_code
+from kernweave.analysis.code import Code, Mask, Part, build_code
 from kernweave.analysis.expand import select_rows
-from kernweave.analysis.parts import trim
+from kernweave.analysis.inner import InnerEdges, find_inner_edges
+from kernweave.analysis.parts import COLD, home_of, trim
 from kernweave.errors import Reason
 from kernweave.image.sites import contains
 from kernweave.image.symbols import Symbols
-from kernweave.model.plan import Point, Refused
-from kernweave.model.point import KIND_OF, Kind, PointSpec, Selector, format_point
+from kernweave.model.plan import Refused
+from kernweave.model.point import (
+    KIND_OF,
+    EdgeEnd,
+    Kind,
+    PointSpec,
+    Selector,
+)
 from kernweave.session.names import NotOne, find_one, images_of, printed_name
+from kernweave.session.resolved import KINDS, U8, Resolved, Rows, name_in_image
 from kernweave.session.view import KernelView
+from kernweave.weave.counters import Place, places_of
 
-_KINDS = tuple(Kind)
 _ENDBR_BYTES = 4
 _NOP_BYTES = 5
 
@@ -38,50 +45,31 @@ class Named:
 
 
 @dataclass(frozen=True)
-class Resolved:
-    """What was asked for, as rows of `code`.
+class _Found:
+    """Points of one request, or some of them; columns as in `Resolved`."""
 
-    Attributes:
-        code: the functions concerned.
-        rows: int64[m], row of each point, in the order asked for, each row and kind once.
-        counted: int64[m], row that counts each: its own, or the one behind its endbr64.
-        kinds: uint8[m], what each is: its place in `Kind`.
-        explicit: bool[m], named one by one, so that a refusal is an error.
-        refused: points that are not in the code at all.
-        refused_explicit: how many of `refused` were named one by one.
-    """
+    kind: Kind
+    rows: Rows
+    to: Rows
+    place: U8
 
-    code: Code
-    rows: npt.NDArray[np.int64]
-    counted: npt.NDArray[np.int64]
-    kinds: npt.NDArray[np.uint8]
-    explicit: npt.NDArray[np.bool_]
-    refused: tuple[Refused, ...]
-    refused_explicit: int
 
-    def only(self, chosen: npt.NDArray[np.bool_]) -> Resolved:
-        """Some of the points; those that are not in the code are left out."""
-        columns = (self.rows[chosen], self.counted[chosen], self.kinds[chosen])
-        return Resolved(self.code, *columns, self.explicit[chosen], (), 0)
-
-    def point(self, i: int) -> Point:
-        """The point of that number."""
-        code, row = self.code, int(self.rows[i])
-        part_row = int(code.part[row])
-        part = code.parts[part_row]
-        offset = int(code.addr[row]) - part.start
-        at_entry = part.group == part.start and int(code.entries[part_row]) == row
-        kind = _KINDS[self.kinds[i]]
-        text = format_point(part.name, offset, kind, at_entry=at_entry)
-        return Point(text, part.symbol, part.kmod, offset, int(code.addr[row]), kind)
+def _instructions(kind: Kind, rows: Rows) -> _Found:
+    return _Found(kind, rows, np.full(len(rows), -1), np.full(len(rows), Place.BEFORE, np.uint8))
 
 
 class Resolver:
     """Looks names up and decodes what they mean, for one request."""
 
-    def __init__(self, view: KernelView) -> None:
-        """Start a request on the view as it is now."""
+    def __init__(self, view: KernelView, comes_back: Callable[[Code], Mask]) -> None:
+        """Start a request on the view as it is now.
+
+        Args:
+            view: of the kernel.
+            comes_back: tells which calls do, bool[n]; asked only for edges.
+        """
         self._view = view
+        self._comes_back = comes_back
         self._full: dict[int, Named] = {}  # parts to decode whole, by start
         self._entry: dict[int, Named] = {}  # parts of which only the entry is wanted
         self._cold: dict[int, list[Named]] = {}
@@ -94,18 +82,24 @@ class Resolver:
         for spec, named in wanted:
             for one in named:
                 self._want(spec, one)
-        code = self._decode()
-        found = [(spec, *self._rows_of(spec, named, code)) for spec, named in wanted]
-        rows = np.concatenate([np.zeros(0, np.int64), *(rows for _, _, rows in found)])
-        sizes = [len(rows) for _, _, rows in found]
-        kinds = np.repeat(np.array([_KINDS.index(kind) for _, kind, _ in found], np.uint8), sizes)
-        explicit = np.repeat(np.array([spec.is_explicit for spec, _, _ in found], bool), sizes)
-        _, first = np.unique(rows * len(_KINDS) + kinds, return_index=True)
+        code = self._code = self._decode()
+        found = [self._points_of(spec, named, code) for spec, named in wanted]
+        rows = np.concatenate([np.zeros(0, np.int64), *(one.rows for one in found)])
+        to = np.concatenate([np.zeros(0, np.int64), *(one.to for one in found)])
+        place = np.concatenate([np.zeros(0, np.uint8), *(one.place for one in found)])
+        sizes = [len(one.rows) for one in found]
+        kinds = np.repeat(np.array([KINDS.index(one.kind) for one in found], np.uint8), sizes)
+        explicit = np.repeat(np.array([spec.is_explicit for spec, _ in wanted], bool), sizes)
+        key = (rows * len(KINDS) + kinds) * (len(code.addr) + 1) + to
+        _, first = np.unique(key, return_index=True)
         kept = np.sort(first)
+        rows, to = rows[kept], to[kept]
         return Resolved(
             code,
-            rows[kept],
-            code.past_endbr(rows[kept]),
+            rows,
+            to,
+            place[kept],
+            np.where(to >= 0, rows, code.past_endbr(rows)),
             kinds[kept],
             explicit[kept],
             tuple(self._refused),
@@ -180,15 +174,23 @@ class Resolver:
         if only_entry:
             self._entry[named.start] = named
             return
-        self._full[named.start] = named
-        if named.start not in self._cold:  # its jumps back are branch targets here
-            self._cold[named.start] = self._cold_parts(named)
-            for cold in self._cold[named.start]:
-                self._full[cold.start] = cold
+        for one in (named, *self._home(named)):
+            self._full[one.start] = one
+            if one.start not in self._cold:  # its jumps back are branch targets here
+                self._cold[one.start] = self._cold_parts(one)
+                for cold in self._cold[one.start]:
+                    self._full[cold.start] = cold
+
+    def _home(self, named: Named) -> list[Named]:
+        """The function of a cold part: they are one, with jumps to and fro."""
+        start = home_of(named.image, named.symbol, named.start)
+        if start == named.start or start in self._full:
+            return []
+        return [self._name(named.image, named.symbol.removesuffix(COLD), start)]
 
     def _cold_parts(self, named: Named) -> list[Named]:
         """The `.cold` parts of a function; of several of one name those it jumps to."""
-        symbol = f"{named.symbol}.cold"
+        symbol = f"{named.symbol}{COLD}"
         addrs = named.image.find(symbol)
         if not addrs:
             return []
@@ -240,22 +242,81 @@ class Resolver:
 
     # ---- points --------------------------------------------------------------------------------
 
-    def _rows_of(
-        self, spec: PointSpec, named: Sequence[Named], code: Code
-    ) -> tuple[Kind, npt.NDArray[np.int64]]:
+    def _points_of(self, spec: PointSpec, named: Sequence[Named], code: Code) -> _Found:
+        if spec.to is not None:
+            return self._edges(
+                [row for one in named for row in self._edge_rows(spec, spec.to, one, code)]
+            )
         if spec.offset is not None or spec.addr is not None:
-            rows = [self._row_at(spec, one, code) for one in named]
-            return Kind.INSN, np.array([row for row in rows if row >= 0], np.int64)
+            rows = [self._row_at(spec, one, spec.offset, code) for one in named]
+            return _instructions(Kind.INSN, np.array([row for row in rows if row >= 0], np.int64))
         starts = [
             start
             for one in named
             for start in (one.start, *(cold.start for cold in self._cold.get(one.start, [])))
         ]
         parts = [self._part_rows[start] for start in starts]
-        return KIND_OF[spec.selector], select_rows(code, parts, spec.selector)
+        if spec.selector is Selector.EDGES:
+            return self._edges(self._inner.of_parts(parts))
+        return _instructions(KIND_OF[spec.selector], select_rows(code, parts, spec.selector))
 
-    def _row_at(self, spec: PointSpec, named: Named, code: Code) -> int:
-        addr = named.start + spec.offset if spec.offset is not None else spec.addr
+    @cached_property
+    def _inner(self) -> InnerEdges:
+        return find_inner_edges(self._code, self._view.sites, self._comes_back(self._code))
+
+    def _edges(self, chosen: Rows | Sequence[int]) -> _Found:
+        """Edges as points; who branches to what lies behind gets there either way."""
+        inner, rows = self._inner, np.asarray(chosen, np.int64)
+        place = places_of(inner.kind[rows], self._code.flow[inner.source[rows]])
+        place[inner.twice[rows]] = Place.BEFORE
+        return _Found(Kind.EDGE, inner.source[rows], inner.target[rows], place)
+
+    def _edge_rows(self, spec: PointSpec, to: EdgeEnd, named: Named, code: Code) -> list[int]:
+        """The edge that a point names, as rows of `_inner`; refused if there is none."""
+        source = self._row_at(spec, named, spec.offset, code)
+        there = self._end_part(spec, to, named, code)
+        if source < 0 or there is None:
+            return []
+        target = self._row_at(spec, there, to.offset, code)
+        if target < 0:
+            return []
+        found = self._inner.between(source, target).tolist()
+        if not found:
+            self._refuse(spec, Reason.NO_EDGE, self._way_on(code, named, source))
+        return list(found)
+
+    def _end_part(self, spec: PointSpec, to: EdgeEnd, named: Named, code: Code) -> Named | None:
+        """The part of the same function in which an edge ends."""
+        if not to.function:
+            return named
+        group = code.parts[self._part_rows[named.start]].group
+        wanted = to.function if to.number is None else f"{to.function}#{to.number}"
+        found = [
+            self._full[part.start]
+            for part in code.parts
+            if part.group == group and wanted in (part.symbol, name_in_image(part))
+        ]
+        if len(found) == 1:
+            return found[0]
+        detail = f"{wanted} is no part of the function of {named.printed}"
+        self._refuse(spec, Reason.NO_EDGE, detail)
+        return None
+
+    def _way_on(self, code: Code, named: Named, source: int) -> str:
+        """Name where the edges of an instruction lead."""
+        rows = self._inner.leaving(source)
+        at = f"+{int(code.addr[source]) - named.start:#x}"
+        if not len(rows):
+            return f"no edge inside the function leaves {at}"
+        places = []
+        for row in self._inner.target[rows].tolist():
+            part = code.parts[int(code.part[row])]
+            name = "" if part.start == named.start else name_in_image(part)
+            places.append(f"{at}->{name}+{int(code.addr[row]) - part.start:#x}")
+        return f"edges from there: {', '.join(dict.fromkeys(places))}"
+
+    def _row_at(self, spec: PointSpec, named: Named, offset: int | None, code: Code) -> int:
+        addr = named.start + offset if offset is not None else spec.addr
         assert addr is not None
         row = int(code.rows_at(np.array([addr], np.uint64))[0])
         if row < 0:

@@ -42,7 +42,8 @@ from kernweave.session.engines import BothCounts, Joint, choose_woven, find_engi
 from kernweave.session.hooks import Hooks
 from kernweave.session.listing import InsnInfo, Listing
 from kernweave.session.query import open_database
-from kernweave.session.resolve import Resolved, Resolver
+from kernweave.session.resolve import Resolver
+from kernweave.session.resolved import Resolved
 from kernweave.session.survey import (
     FunctionInfo,
     SiteVerdict,
@@ -178,9 +179,11 @@ class Session:
     ) -> list[SiteVerdict]:
         """What `count` would do with each point: a tactic or a reason; changes nothing.
 
+        Edges are woven, all else is spliced; see `clonable` for the rest of a function.
+
         Args:
             points: as in the point grammar.
-            tactics: allowed tactics, in order; None: all.
+            tactics: allowed tactics, in order; None: all. With any, edges are refused.
 
         Raises:
             UsageError: not a point.
@@ -201,7 +204,10 @@ class Session:
             >>> with kernweave.connect() as k:  # doctest: +SKIP
             ...     k.survey("*@insns").tally()
         """
-        return Survey(self._decide(points, tactics))
+        decision = self._decide(points, tactics)
+        edges = decision.resolved.edges
+        woven = tactics is None and bool(edges.any())
+        return Survey(decision, self.weaver.find(decision.resolved.only(edges)) if woven else None)
 
     def list_functions(self, glob: str = "*") -> list[FunctionInfo]:
         """Functions whose names match, in address order; kmods included."""
@@ -280,10 +286,13 @@ class Session:
         specs = self._parse(points)
         for _ in range(_TRIES):
             self._view.refresh()
-            resolved = Resolver(self._view).resolve(specs)
+            resolved = self._resolve(specs)
             if self._view.is_current():
                 return self._decide_on(resolved, tactics)
         raise DriverError("kprobes come and go too fast to read this kernel's text", errno.EBUSY)
+
+    def _resolve(self, specs: Sequence[PointSpec]) -> Resolved:
+        return Resolver(self._view, self._analysis.comes_back).resolve(specs)
 
     def _decide_on(self, resolved: Resolved, tactics: Sequence[str] | None) -> Decision:
         rules = rules_for(self._driver.facts.flags, self._tactics(tactics))
@@ -302,8 +311,8 @@ class Session:
         Args:
             points: as in the point grammar.
             engine: `splice`: at the points themselves; `weave`: in clones of their functions;
-                `auto`: weave functions in which a jump does not fit at every point asked for, and
-                splice the others.
+                `auto`: weave functions of which edges are asked for, or in which a jump does not
+                fit at every point asked for, and splice the others.
             partial: place what can be placed even of explicitly named points.
             tactics: allowed tactics, in order; None: all. Without `clone` nothing is woven, with
                 nothing else everything.
@@ -389,7 +398,7 @@ class Session:
         self.weaver.prepare()
         for _ in range(_TRIES):
             self._view.refresh()
-            found = self.weaver.find(Resolver(self._view).resolve(specs))
+            found = self.weaver.find(self._resolve(specs))
             if not self._view.is_current():
                 continue
             check_refusals(found, partial)
@@ -430,30 +439,33 @@ class Session:
             clonable = self.weaver.find(decision.resolved)
             if not self._view.is_current():
                 continue
-            joint = Joint(decision, choose_woven(decision, clonable))
+            joint = Joint(decision, clonable, choose_woven(decision, clonable))
             check_refusals(joint, partial)
-            if not joint.woven.any():
+            if not (joint.woven | joint.resolved.edges).any():
                 return self._splice(decide_again, partial, clobber, first=decision)
+            if not joint.woven.any():
+                return self._count_rest(joint, [], tactics, clobber)
             woven = self._weave(self.weaver.find(joint.resolved.only(joint.woven)), clobber)
             if woven:
-                return self._count_rest(joint, woven, tactics, clobber)
+                return self._count_rest(joint, [woven], tactics, clobber)
         raise DriverError(_TOO_FAST, errno.EBUSY)
 
     def _count_rest(
         self,
         joint: Joint,
-        woven: WovenCounts,
+        woven: list[WovenCounts],
         tactics: Sequence[str] | None,
         clobber: Clobber | None,
     ) -> Counts:
         """Splice what is not woven, and put both together."""
-        parts: list[Counts] = [woven]
+        parts: list[Counts] = [*woven]
         rest = joint.resolved.only(joint.spliced)
         try:
             if len(rest.rows):
                 parts.append(self._splice(lambda: self._decide_on(rest, tactics), False, clobber))
         except BaseException:
-            woven.detach()
+            for part in woven:
+                part.detach()
             raise
         both = BothCounts(parts, joint)
         self._attachments.append(both)
@@ -469,7 +481,7 @@ class Session:
             UsageError: not a point.
         """
         self._view.refresh()
-        return self.weaver.find(Resolver(self._view).resolve(self._parse(points)))
+        return self.weaver.find(self._resolve(self._parse(points)))
 
     @cached_property
     def weaver(self) -> Weaver:

@@ -13,11 +13,12 @@ import numpy.typing as npt
 from kernweave.errors import Reason
 from kernweave.image.btf import Btf
 from kernweave.image.btf_text import prototype
-from kernweave.model.plan import Point, Tactic
+from kernweave.model.plan import Point, Refused, Tactic
 from kernweave.model.point import PointSpec
 from kernweave.session.attach import Decision
 from kernweave.session.names import images_of, printed_name
 from kernweave.session.view import KernelView
+from kernweave.session.woven import CLONE, Clonable
 from kernweave.splice.window import SHORT_BYTES, SITE_BYTES
 
 SITE_SCHEMA = "kernweave.site/1"
@@ -55,11 +56,22 @@ class FunctionInfo:
 class Survey:
     """What would be done with each point asked for; points that do not exist come last."""
 
-    def __init__(self, decision: Decision) -> None:
-        """Find the site of every instruction; made by `Session.survey`."""
-        self._decision = decision
+    def __init__(self, decision: Decision, edges: Clonable | None = None) -> None:
+        """Find the site of every instruction; made by `Session.survey`.
+
+        Args:
+            decision: on all points, spliced.
+            edges: on the edges among them, woven; None: they are not.
+        """
+        self._decision, self._edges = decision, edges
         placement, code = decision.placement, decision.code
         rows = placement.rows
+        self._first_edge = len(rows) - int(decision.resolved.edges.sum())
+        self._tactic, self._reason = placement.tactic.copy(), placement.reason.copy()
+        for i, woven in enumerate(edges.placed.tolist() if edges else ()):
+            row = self._first_edge + i
+            self._tactic[row] = CLONE if woven else None
+            self._reason[row] = None if woven else self._refused(i, row).reason
         first, end = rows.copy(), rows + 1
         for windows in (placement.boards.windows, placement.boards.shorts):
             number = windows.of(rows)
@@ -75,9 +87,8 @@ class Survey:
 
     def __iter__(self) -> Iterator[SiteVerdict]:
         """One verdict per point, in the order asked for."""
-        placed = self._decision.placed.tolist()
         for i, row in enumerate(self._decision.back.tolist()):
-            yield self._verdict(i, row, placed[i])
+            yield self._verdict(i, row)
         nowhere = (None,) * 5
         for one in self._decision.resolved.refused:
             yield SiteVerdict(
@@ -86,17 +97,16 @@ class Survey:
 
     def of(self, word: Tactic | Reason) -> Iterator[SiteVerdict]:
         """Verdicts with one tactic, or one reason, of points that exist."""
-        placement, back = self._decision.placement, self._decision.back
-        wanted = placement.tactic if isinstance(word, Tactic) else placement.reason
+        back = self._decision.back
+        wanted = self._tactic if isinstance(word, Tactic) else self._reason
         for i in np.flatnonzero((wanted == word)[back]).tolist():
-            yield self._verdict(i, int(back[i]), isinstance(word, Tactic))
+            yield self._verdict(i, int(back[i]))
 
     def tally(self) -> dict[str, int]:
         """Number of points per tactic and per reason, the most frequent first."""
-        placement, back = self._decision.placement, self._decision.back
+        back = self._decision.back
         words = [
-            str(tactic or reason)
-            for tactic, reason in zip(placement.tactic, placement.reason, strict=True)
+            str(tactic or reason) for tactic, reason in zip(self._tactic, self._reason, strict=True)
         ]
         names, number = np.unique(np.array(words, "U32"), return_inverse=True)
         counts = np.bincount(number[back], minlength=len(names))
@@ -104,20 +114,24 @@ class Survey:
         found.update(one.reason.value for one in self._decision.resolved.refused)
         return dict(found.most_common())
 
-    def _verdict(self, i: int, row: int, placed: bool) -> SiteVerdict:
-        decision = self._decision
-        placement = decision.placement
-        no = None if placed else decision.refused(i)
+    def _verdict(self, i: int, row: int) -> SiteVerdict:
+        decision, tactic = self._decision, self._tactic[row]
+        no = None if tactic else self._refused(i, row)
+        spliced = tactic not in (None, CLONE)
+        native = decision.code.raw(int(decision.placement.rows[row]))
         return SiteVerdict(
             *_place(decision.resolved.point(i)),
-            tactic=placement.tactic[row].value if placed else None,
+            tactic=str(tactic) if tactic else None,
             reason=no.reason.value if no else None,
             detail=no.detail if no else None,
-            site_addr=f"{int(self._site[row]):#x}" if placed else None,
-            site_bytes=self._bytes(row).hex()
-            if placed
-            else decision.code.raw(int(placement.rows[row])).hex(),
+            site_addr=f"{int(self._site[row]):#x}" if spliced else None,
+            site_bytes=(self._bytes(row) if spliced else native).hex(),
         )
+
+    def _refused(self, i: int, row: int) -> Refused:
+        if self._edges and row >= self._first_edge:
+            return self._edges.refused(row - self._first_edge)
+        return self._decision.refused(i)
 
     def _bytes(self, row: int) -> bytes:
         code = self._decision.code

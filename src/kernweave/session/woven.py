@@ -22,10 +22,10 @@ from kernweave.session.attach import Clobber
 from kernweave.session.counts import Counts
 from kernweave.session.generations import Kernel, Left, Live, unload_left
 from kernweave.session.hooks import Hooks
-from kernweave.session.resolve import Resolved
+from kernweave.session.resolved import Resolved
 from kernweave.session.target import AnyLink
 from kernweave.session.view import KernelView
-from kernweave.weave.counters import Counters, Place, make_counters
+from kernweave.weave.counters import Counters, make_counters
 from kernweave.weave.generation import read_template
 from kernweave.weave.layout import live_at
 from kernweave.weave.scope import Rules, Scope, Why, find_scope
@@ -102,8 +102,7 @@ def find_clonable(resolved: Resolved, source: Source, rules: Rules) -> Clonable:
     asked = np.zeros(len(functions.addr), bool)
     asked[functions.parent[source.tables.instructions.function[insn[known]]]] = True
     scope = find_scope(source, rules, asked)
-    before = np.full(len(known), Place.BEFORE, np.uint8)
-    counters, number = make_counters(source, scope, insn[known], before)
+    counters, number = make_counters(source, scope, insn[known], resolved.place[known])
     counter = np.full(len(insn), -1, np.int64)
     counter[known] = number
     return Clonable(resolved, source, scope, counters, insn, counter)

@@ -272,6 +272,7 @@ _DETAILS = {
     Reason.BUSY_KPROBE: "a kprobe is armed here",
     Reason.BUSY_PLAN: "already changed by kernweave",
     Reason.NOT_BOUNDARY: "not a decodable instruction",
+    Reason.EDGE: "no instruction is run on this edge alone: it is counted in a clone only",
 }
 
 

@@ -144,12 +144,21 @@ def select_edges(source: Source, scope: Scope) -> tuple[Rows, U8]:
     )
     home = parent[tables.blocks.function]
     rows = rows[home[edges.source[rows]] == home[edges.target[rows]]]
-    insn, kind = edges.insn[rows].astype(np.int64), edges.kind[rows]
-    jumps = (kind == EdgeKind.TAKEN) & (tables.instructions.flow[insn] == Flow.JUMP)
-    place = np.full(len(rows), Place.TAKEN, np.uint8)
+    insn = edges.insn[rows].astype(np.int64)
+    return insn, places_of(edges.kind[rows], tables.instructions.flow[insn])
+
+
+def places_of(kind: U8, flow: U8) -> U8:
+    """uint8[m], `Place`: where edges inside functions are counted.
+
+    Args:
+        kind: uint8[m], `EdgeKind` of each.
+        flow: uint8[m], `Flow` of the instruction that each leaves.
+    """
+    place = np.full(len(kind), Place.TAKEN, np.uint8)
     place[kind == EdgeKind.FALL] = Place.BEHIND
-    place[jumps] = Place.BEFORE
-    return insn, place
+    place[(kind == EdgeKind.TAKEN) & (flow == Flow.JUMP)] = Place.BEFORE
+    return place
 
 
 def _before(rows: Rows) -> tuple[Rows, U8]:
