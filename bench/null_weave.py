@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What running in clones costs, without any counter: instructions per system call (`-icount`).
 
-For each loop of system calls all functions that it enters are woven, then all of the kernel.
+For each loop of system calls all functions that it enters are woven, then all of the kernel.  Then
+all again with the entries counted, which shows that the clones are what runs.
 Writes results/null_weave.json.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,12 +16,13 @@ from _record import record
 from _workload import Workload, lab_session
 
 from kernweave.session.session import Session
-from kernweave.weave.counters import make_counters
-from kernweave.weave.scope import find_scope
-from kernweave.weave.source import Mask
+from kernweave.weave.counters import make_counters, select_entries
+from kernweave.weave.scope import Scope, find_scope
+from kernweave.weave.source import U8, Mask, Rows, Source
 
 KERNELS = ("6.1", "6.12")
 CALLS = ("getppid", "read", "mix")
+Select = Callable[[Source, Scope], tuple[Rows, U8]]
 
 
 def main() -> None:
@@ -38,8 +41,10 @@ def measure(session: Session, call: str) -> dict[str, Any]:
     workload = Workload(session, call)
     entered = functions_entered(session, workload)
     native = workload.cost()
-    path = _woven(session, workload, entered)
-    everything = _woven(session, workload, np.ones(len(entered), bool))
+    path, _ = _woven(session, workload, entered)
+    everything, _ = _woven(session, workload, np.ones(len(entered), bool))
+    counted, entries = _woven(session, workload, np.ones(len(entered), bool), select_entries)
+    assert entries >= workload.total
     return {
         "functions_on_path": int(entered.sum()),
         "native_instructions": native,
@@ -47,6 +52,8 @@ def measure(session: Session, call: str) -> dict[str, Any]:
         "path_woven_added_percent": round(100 * (path / native - 1), 3),
         "all_woven_instructions": everything,
         "all_woven_added_percent": round(100 * (everything / native - 1), 3),
+        "entries_counted_instructions": counted,
+        "entries_per_call": round(entries / workload.total, 3),
     }
 
 
@@ -62,21 +69,31 @@ def functions_entered(session: Session, workload: Workload) -> Mask:
     return np.isin(session.analysis.source().tables.functions.addr, np.array(addrs, np.uint64))
 
 
-def _woven(session: Session, workload: Workload, asked: Mask) -> float:
+def select_nothing(source: Source, scope: Scope) -> tuple[Rows, U8]:
+    """No instruction."""
+    return np.zeros(0, np.int64), np.zeros(0, np.uint8)
+
+
+def _woven(
+    session: Session, workload: Workload, asked: Mask, select: Select = select_nothing
+) -> tuple[float, int]:
+    """Instructions per call, and the sum of all counters."""
     session.view.refresh()
     session.weaver.prepare()
     session.view.refresh()
     source = session.analysis.source()
     scope = find_scope(source, session.weaver.rules, asked)
-    counters, _ = make_counters(source, scope, np.zeros(0, np.int64), np.zeros(0, np.uint8))
+    counters, _ = make_counters(source, scope, *select(source, scope))
     live = session.weaver.enter(source, scope, counters)
     assert live is not None
     try:
-        return workload.cost()
+        cost = workload.cost()
     finally:
         left = live.leave()
         assert not left.stuck and not left.visitors
+        hits = int(live.hits().sum())
         live.free()
+    return cost, hits
 
 
 if __name__ == "__main__":

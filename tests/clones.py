@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A code cache judged by its bytes alone: what is there, and nothing else.
 
-The clones are decoded again.  Each of their instructions must be a copy, part of a counter, a slot,
-a jump of the kinds listed in `weave/layout.py`, or filler; each copy must do what the native
+The clones are decoded again.  Each of their instructions must be a copy, part of a counter, a jump
+of the kinds listed in `weave/layout.py`, or filler; each copy must do what the native
 instruction does; control must go from piece to piece as it goes natively.  What was asked for is
 given by native addresses, what lives where by the analysis; nothing is taken from the translator
 but the addresses of the copies, and all of them are checked.
@@ -207,21 +207,22 @@ class Check:
         return np.where(row >= 0, native.live[row], np.uint32(0xFFFF_FFFF))
 
     def slots(self) -> None:
-        """A nop behind the endbr64 of every function, or at its start."""
+        """The copy of the nop behind the endbr64 of every function, or at its start."""
         clones, native = self.clones, self.native
         row = self.find(clones.slots)
         self.demand("no slot", row >= 0, clones.entries)
         row = row[row >= 0]
         is_nop = (self.bytes_of(row, 5) == np.frombuffer(NOP5, np.uint8)).all(axis=1)
         self.demand("slot is no nop", is_nop, self.code.addr[row])
-        self.role[row] += 1
         insn = native.rows(clones.entries)
         endbr = (native.code.trait[insn] & Trait.ENDBR) != 0
-        self.s_insn, self.s_endbr = insn, endbr
+        self.s_native = clones.entries + np.where(endbr, native.code.length[insn], np.uint8(0))
+        copy = self.copy_of(self.s_native)
+        self.demand("slot is not the nop's copy", copy == clones.slots, clones.entries)
         copy = self.copy_of(clones.entries[endbr])
         end = copy + native.code.length[insn[endbr]]
         self.demand("slot not behind endbr64", end == clones.slots[endbr], clones.entries[endbr])
-        start = np.where(endbr, np.uint64(0), clones.slots)
+        start = clones.slots.copy()
         start[endbr] = copy
         self.demand("function not aligned", start % np.uint64(16) == 0, clones.entries)
 
@@ -231,7 +232,10 @@ class Check:
         return np.where(self.clones.native[row] == native, self.clones.copy[row], np.uint64(0))
 
     def arrivals(self) -> None:
-        """Where control must arrive for each native instruction: slot, counter or copy."""
+        """Where control must arrive for each native instruction: counter or copy.
+
+        What is counted before a slot is behind it: `successors` looks at that.
+        """
         clones = self.clones
         where, place = clones.counters
         heads = clones.bails
@@ -242,17 +246,12 @@ class Check:
         self.demand("cloned and not cloned", np.diff(keys, prepend=np.uint64(0)) > 0, keys)
         for addr in heads.tolist():  # the jump is behind the counter, or alone
             values[np.searchsorted(keys, addr)] = self._bail(addr)
-        before = place == Place.BEFORE
+        before = (place == Place.BEFORE) & ~np.isin(where, self.s_native)
         at = np.searchsorted(keys, where[before])
         good = (at < len(keys)) & (keys[np.minimum(at, len(keys) - 1)] == where[before])
         good &= values[np.minimum(at, len(keys) - 1)] == self.c_end[before]
         self.demand("counter not before its copy", good, where[before])
         values[at[good]] = self.c_begin[before][good]
-        plain = ~self.s_endbr
-        at = np.searchsorted(keys, clones.entries[plain])
-        slot_end = clones.slots[plain] + np.uint64(5)
-        self.demand("slot not before the function", values[at] == slot_end, clones.entries[plain])
-        values[at] = clones.slots[plain]
         self.a_native, self.a_clone = keys, values
 
     def _bail(self, addr: int) -> int:
@@ -389,13 +388,13 @@ class Check:
         ret5 = native.static[insn] & (native.code.length[insn] < 5) & ~native.stay[insn]
         end[ret5] = code.addr[self.row[ret5]] + np.uint64(5)
         behind_native = np.where(ret5, native.code.addr[insn] + np.uint64(5), native.end[insn])
-        slot = np.searchsorted(self.clones.native, self.clones.entries[self.s_endbr])
-        end[slot] += np.uint64(5)
         where, place = self.clones.counters
-        behind = place == Place.BEHIND
-        at = np.searchsorted(self.clones.native, where[behind])
-        self.demand("counter not behind its copy", end[at] == self.c_begin[behind], where[behind])
-        end[at] = self.c_end[behind]
+        entry = (place == Place.BEFORE) & np.isin(where, self.s_native)
+        for behind in (entry, place == Place.BEHIND):
+            at = np.searchsorted(self.clones.native, where[behind])
+            good = end[at] == self.c_begin[behind]
+            self.demand("counter not behind its copy", good, where[behind])
+            end[at] = self.c_end[behind]
         next_arrival = self.arrival(behind_native)
         row = self.find(end)
         safe = np.maximum(row, 0)

@@ -237,7 +237,7 @@ def test_static_call_goes_to_native_code_and_others_to_clones() -> None:
         clone = int(woven.map.clones_of(addrs(native))[0])
         code = clone_of(woven, native)
         targets.append(iced.Decoder(64, code, ip=clone).decode().near_branch_target)
-    assert targets == [at(1), int(entries.clone[1])]
+    assert targets == [at(1), int(entries.slot[1])]
 
 
 def with_bytes(source: Source, native: int, code: bytes) -> Source:
@@ -278,15 +278,18 @@ def test_jump_label_is_what_its_bytes_are_now(before: str, now: str) -> None:
 def test_slot_is_behind_the_endbr64_or_at_the_start() -> None:
     woven = weave(source_of((ENDBR, NOP5, RET), (NOP5, RET)), CACHE)
     entries = make_entries(woven.source, woven.layout, CACHE)
-    assert (entries.slot - entries.clone).tolist() == [4, 0]
+    starts = woven.map.clones_of(addrs(at(0), at(1)))
+    assert (entries.slot - starts).tolist() == [4, 0]
+    assert (entries.clone - entries.slot).tolist() == [5, 5]
     assert entries.body.tolist() == [at(0) + 4, at(1)]
-    assert (entries.clone % np.uint64(16)).tolist() == [0, 0]
+    assert (starts % np.uint64(16)).tolist() == [0, 0]
 
 
 def test_counter_of_an_endbr64_is_behind_it() -> None:
     woven = weave(source_of((ENDBR, NOP5, RET)), CACHE, select_blocks)
     assert woven.out[:9].tobytes().hex() == "f30f1efa0f1f440000"
-    assert woven.counters.place.tolist() == [Place.BEHIND]
+    assert woven.counters.insn.tolist() == [1]
+    assert woven.counters.place.tolist() == [Place.BEFORE]
     assert woven.layout.snippets.at.tolist() == [9]
 
 

@@ -274,10 +274,12 @@ def test_entries_lead_to_clones_of_whole_functions(stock: Stock) -> None:
     entries = make_entries(stock.source, stock.whole.layout, stock.whole.base)
     homes = stock.scope.woven & (functions.parent == np.arange(len(functions.addr)))
     assert np.array_equal(entries.native, functions.addr[homes])
-    assert not (entries.clone % np.uint64(16)).any()
+    assert np.array_equal(entries.clone, entries.slot + np.uint64(5))
     behind = entries.body - entries.native
-    assert np.array_equal(entries.slot - entries.clone, behind)
+    assert not ((entries.slot - behind) % np.uint64(16)).any()
     assert set(behind.tolist()) <= {0, 4}
+    assert contains(stock.source.sites.ftrace, entries.body).all()
+    assert np.array_equal(stock.whole.map.clones_of(entries.body), entries.slot)
 
 
 def test_every_patchable_place_of_a_clone_has_a_mirror_row(stock: Stock) -> None:

@@ -73,7 +73,7 @@ def find_shapes(source: Source, line_matters: bool = False) -> Shapes:
     labels = source.mark(sites.jump_labels)
     static = source.mark(sites.static_calls)
     direct = np.isin(instructions.flow, (Flow.JUMP, Flow.BRANCH, Flow.CALL))
-    direct &= (instructions.target != 0) & ~static
+    direct &= (instructions.target != 0) & ~static & ~source.mark(sites.ftrace)
     direct[static] |= np.isin(source.text[source.at[static]], (_CALL, _JUMP))
     branch = np.flatnonzero(direct | labels)
     form = np.zeros(len(instructions.addr), np.uint8)

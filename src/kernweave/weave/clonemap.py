@@ -29,8 +29,8 @@ class CloneMap:
 
     Attributes:
         native: uint64[m], its run-time address.
-        clone: uint64[m], that of its copy, behind its counter.
-        arrival: uint64[m], where control arrives in the clone: its slot, counter or copy.
+        clone: uint64[m], that of its copy, behind its counter; a slot is before it.
+        arrival: uint64[m], where control arrives in the clone: its counter or copy.
         length: uint8[m], bytes natively.
         size: uint8[m], bytes of the copy.
         insn: int32[m], its row.
@@ -97,9 +97,9 @@ class Entries:
     Attributes:
         function: int32[s], row of each.
         native: uint64[s], its run-time address.
-        clone: uint64[s], the start of its clone.
-        slot: uint64[s], five bytes of nop in the clone.
-        body: uint64[s], native address to which a jump in the slot leads.
+        clone: uint64[s], where the native entry leads: behind the slot.
+        slot: uint64[s], five bytes of nop in the clone: the copy of ftrace's.
+        body: uint64[s], native address to which a jump in the slot leads: ftrace's nop.
     """
 
     function: I32
@@ -112,11 +112,12 @@ class Entries:
 def make_entries(source: Source, layout: Layout, base: int) -> Entries:
     """The entries of a code cache at `base`."""
     instructions, slots = source.tables.instructions, layout.slots
+    slot = slots.at.astype(np.uint64) + np.uint64(base)
     return Entries(
         function=instructions.function[slots.insn],
         native=instructions.addr[slots.insn],
-        clone=layout.start[slots.insn].astype(np.uint64) + np.uint64(base),
-        slot=slots.at.astype(np.uint64) + np.uint64(base),
+        clone=slot + np.uint64(NEAR_BYTES),
+        slot=slot,
         body=instructions.addr[slots.body],
     )
 

@@ -43,7 +43,8 @@ def make_counters(source: Source, scope: Scope, insn: Rows, place: U8) -> tuple[
     """Put counters in order; what asks for the same place shares one.
 
     What is asked for before an endbr64 goes behind it: indirect calls must find the endbr64, and
-    whoever comes to it falls through.
+    whoever comes to it falls through.  That is before the next instruction, unless others come
+    there as well.
 
     Args:
         source: the image.
@@ -55,9 +56,7 @@ def make_counters(source: Source, scope: Scope, insn: Rows, place: U8) -> tuple[
         The counters, and int64[m]: which of them each one asked for has, -1 if none is possible:
         the instruction is not woven, or must follow the one before at once.
     """
-    trait = source.tables.instructions.trait[insn]
-    moved = (place == Place.BEFORE) & ((trait & Trait.ENDBR) != 0)
-    place = np.where(moved, Place.BEHIND, place)
+    insn, place = _behind_endbr(source, insn, place)
     possible = _possible(source, scope, insn, place)
     key = insn[possible] * len(Place) + place[possible]
     if len(key) and not (key[1:] > key[:-1]).all():
@@ -72,6 +71,17 @@ def make_counters(source: Source, scope: Scope, insn: Rows, place: U8) -> tuple[
         np.zeros(len(kept), np.uint32),
     )
     return counters, row
+
+
+def _behind_endbr(source: Source, insn: Rows, place: U8) -> tuple[Rows, U8]:
+    """The same places, none before an endbr64."""
+    instructions = source.tables.instructions
+    endbr = (instructions.trait[insn] & Trait.ENDBR) != 0
+    behind = np.where(endbr & (place == Place.BEFORE), Place.BEHIND, place)
+    row = np.minimum(insn + 1, len(instructions.addr) - 1)
+    alone = instructions.block[row] == instructions.block[insn]
+    moved = endbr & alone & (behind == Place.BEHIND)
+    return np.where(moved, row, insn), np.where(moved, Place.BEFORE, behind).astype(np.uint8)
 
 
 def _possible(source: Source, scope: Scope, insn: Rows, place: U8) -> Mask:

@@ -11,13 +11,20 @@ from kernweave.driver import uapi
 from kernweave.driver.client import Generation
 from kernweave.driver.uapi import PatchedKind
 from kernweave.errors import InternalError
-from kernweave.weave.clonemap import Addrs, Patched, make_entries, make_map, make_mirror
+from kernweave.image.sites import contains
+from kernweave.weave.clonemap import (
+    Addrs,
+    Entries,
+    Patched,
+    make_entries,
+    make_map,
+    make_mirror,
+)
 from kernweave.weave.generation import Woven
 
 Rows = npt.NDArray[np.void]
 
 _KINDS = {Patched.JUMP_LABEL: PatchedKind.JUMP_LABEL, Patched.STATIC_CALL: PatchedKind.STATIC_CALL}
-_ENDBR_BYTES = 4
 
 
 def make_handover(woven: Woven, kmod: str, base: int) -> Generation:
@@ -29,16 +36,20 @@ def make_handover(woven: Woven, kmod: str, base: int) -> Generation:
         base: run-time address of its text.
     """
     clones = make_map(woven.source, woven.layout, base)
+    entries = make_entries(woven.source, woven.layout, base)
     flow = woven.source.tables.instructions.flow[clones.insn]
     call = np.isin(flow, CALLS) | woven.scope.shapes.static[clones.insn]
     native_base = woven.source.base
     ends = clones.clone + clones.size, clones.native + clones.length
     # control arrives before a counter, which is the same place to a task as behind it
-    begins = np.append(clones.arrival, clones.clone), np.append(clones.native, clones.native)
+    begins = (
+        np.concatenate((clones.arrival, clones.clone, entries.clone)),
+        np.concatenate((clones.native, clones.native, entries.body)),
+    )
     order = np.lexsort(begins[::-1])
     return Generation(
         kmod=kmod,
-        entries=_entries(woven, base),
+        entries=_entries(woven, entries),
         parts=_parts(woven),
         mirrors=_mirrors(woven, base),
         native_base=native_base,
@@ -47,15 +58,12 @@ def make_handover(woven: Woven, kmod: str, base: int) -> Generation:
     )
 
 
-def _entries(woven: Woven, base: int) -> Rows:
+def _entries(woven: Woven, found: Entries) -> Rows:
     """`uapi.ENTRY` rows, in the order of the functions."""
-    found = make_entries(woven.source, woven.layout, base)
-    sites = woven.source.sites.ftrace
-    site = sites[np.searchsorted(sites, found.native)]
-    if (site - found.native > _ENDBR_BYTES).any():
+    if not contains(woven.source.sites.ftrace, found.body).all():
         raise InternalError("a woven function has no ftrace site at its entry")
-    rows = np.zeros(len(site), uapi.ENTRY)
-    rows["site"], rows["clone"], rows["slot"] = site, found.clone, found.slot
+    rows = np.zeros(len(found.body), uapi.ENTRY)
+    rows["site"], rows["clone"], rows["slot"] = found.body, found.clone, found.slot
     rows["body"] = found.body
     return rows
 

@@ -3,13 +3,15 @@
 
 The pieces of one instruction, in this order; most are empty:
 
-    slot       5 bytes: a nop, later `jmp native`; at a function's start, behind its endbr64
     counter    before the copy
     copy       of the instruction; of a bail-out's first one `jmp native` instead
-    slot       where the instruction is the endbr64
     counter    behind the copy: of the edge to what follows
     tail       what keeps control from running on where the native code does not: int3 where there
                is int3, `jmp native` where anything else follows
+
+The copy of ftrace's nop, at a function's start or behind its endbr64, is the entry slot: a nop,
+later `jmp native`.  What is counted before that nop is counted right behind the slot, so who finds
+it closed is not counted; the native entry leads there, as its jump is in the native nop's place.
 
 Behind the last instruction of a part are its stubs, a counter and a jump for each branch whose
 taken edge is counted, and int3 up to the next part, which begins at a multiple of 16 bytes.
@@ -24,13 +26,12 @@ import numpy as np
 import numpy.typing as npt
 
 from kernweave.errors import InternalError
-from kernweave.image.sites import contains
 from kernweave.weave.branches import NEAR_BYTES, Form, is_in
 from kernweave.weave.counters import Counters, Place
-from kernweave.weave.scope import Scope, Why
+from kernweave.weave.scope import Scope, Why, find_nops
 from kernweave.weave.source import I32, U8, Mask, Rows, Source, live_before
 from kernweave.x86.counter import Snippet, counter_kinds
-from kernweave.x86.decode import Flow, Trait
+from kernweave.x86.decode import Flow
 from kernweave.x86.poison import poisoned_counter
 
 ALIGN = 16
@@ -46,8 +47,8 @@ class Slots:
 
     Attributes:
         insn: int64[s], row of the function's first instruction.
-        at: int32[s], byte position of the slot.
-        body: int64[s], row of the instruction behind the slot.
+        at: int32[s], byte position of the slot: the copy of ftrace's nop.
+        body: int64[s], row of that nop, to which a closed slot leads.
     """
 
     insn: Rows
@@ -115,7 +116,7 @@ def lay_out(source: Source, scope: Scope, counters: Counters) -> Layout:
         counters: what is counted.
     """
     size, bail = _copies(source, scope)
-    slot_rows, endbr = _slot_rows(source, scope)
+    first, nops = _entries(source, scope)
     int3, jumps = _tails(source, scope, size)
     kind, kinds = _choose(source, scope, counters)
     lengths = np.array([len(snippet.code) for snippet in kinds], np.int32)[kind]
@@ -123,18 +124,15 @@ def lay_out(source: Source, scope: Scope, counters: Counters) -> Layout:
     room[bail] = NEAR_BYTES
     here = room > 0
     room[int3] += 1
-    for rows in (slot_rows, jumps):
-        room[rows] += NEAR_BYTES
+    room[jumps] += NEAR_BYTES
     _add_counters(room, counters, lengths)
     tail_end = room[jumps]
     stubs = counters.place == Place.TAKEN
     stub_at, last = _add_stubs(source, scope, room, counters.insn[stubs], lengths[stubs])
     start, total = _sum(room)
     copy = start.copy()
-    copy[slot_rows[~endbr]] += NEAR_BYTES
-    at = _place(counters, lengths, copy, size, slot_rows[endbr])
+    at = _place(counters, lengths, copy, size, nops)
     at[stubs] = start[last] + stub_at
-    slot_at = np.where(endbr, copy[slot_rows] + size[slot_rows], start[slot_rows])
     tails = (jumps, start[jumps] + tail_end - np.int32(NEAR_BYTES))
     start[~here] = -1
     return Layout(
@@ -142,7 +140,7 @@ def lay_out(source: Source, scope: Scope, counters: Counters) -> Layout:
         copy=copy,
         size=size,
         bail=bail,
-        slots=Slots(slot_rows, slot_at.astype(np.int32), slot_rows + endbr),
+        slots=Slots(first, copy[nops], nops),
         snippets=Snippets(kind, kinds, at, stubs),
         counters=counters,
         tails=tails,
@@ -167,12 +165,12 @@ def _copies(source: Source, scope: Scope) -> tuple[U8, Rows]:
     return size, bail
 
 
-def _slot_rows(source: Source, scope: Scope) -> tuple[Rows, Mask]:
-    """First row of each woven function, and whether it is an endbr64, in force or sealed."""
+def _entries(source: Source, scope: Scope) -> tuple[Rows, Rows]:
+    """First row of each woven function, and the row of its ftrace site."""
     functions = source.tables.functions
     homes = scope.woven & (functions.parent == np.arange(len(functions.addr)))
-    rows = functions.first_insn[homes].astype(np.int64)
-    return rows, (source.tables.instructions.trait[rows] & Trait.ENDBR) != 0
+    first = functions.first_insn[homes].astype(np.int64)
+    return first, find_nops(source, first)
 
 
 def _bounds(source: Source, scope: Scope) -> tuple[Rows, Rows]:
@@ -272,21 +270,26 @@ def _add_stubs(
     return np.asarray(at, np.int32), last[part]
 
 
-def _place(counters: Counters, lengths: I32, copy: I32, size: U8, endbr: Rows) -> I32:
-    """Byte positions of counters before and behind copies; the copies move behind the former.
+def _place(counters: Counters, lengths: I32, copy: I32, size: U8, nops: Rows) -> I32:
+    """Byte positions of counters before and behind copies; copies but slots move behind the former.
 
     Args:
         counters: all of them; positions of those in stubs come out 0.
         lengths: int32[c], their bytes.
         copy: int32[n], where each copy begins, but for the counter before it; changed.
         size: uint8[n], bytes of each copy.
-        endbr: int64[e], rows with a slot behind their copy.
+        nops: int64[s], rows whose copies are slots.
     """
     at = np.zeros(len(counters.insn), np.int32)
+    is_slot = np.zeros(len(copy), bool)
+    is_slot[nops] = True
     before, behind = counters.place == Place.BEFORE, counters.place == Place.BEHIND
+    entry = before & is_slot[counters.insn]
+    before &= ~entry
     at[before] = copy[counters.insn[before]]
     copy[counters.insn[before]] += lengths[before]
-    insn = counters.insn[behind]
-    slots = np.where(contains(endbr.astype(np.uint64), insn.astype(np.uint64)), NEAR_BYTES, 0)
-    at[behind] = copy[insn] + size[insn] + slots
+    end = copy + size
+    at[entry] = end[counters.insn[entry]]
+    end[counters.insn[entry]] += lengths[entry]
+    at[behind] = end[counters.insn[behind]]
     return at

@@ -16,7 +16,7 @@ from enum import IntEnum
 import numpy as np
 
 from kernweave.image.sites import contains
-from kernweave.weave.branches import Form, Shapes, find_shapes
+from kernweave.weave.branches import NEAR_BYTES, Form, Shapes, find_shapes
 from kernweave.weave.source import U8, Mask, Rows, Source
 from kernweave.x86.decode import Flow, Trait
 
@@ -99,13 +99,30 @@ def find_scope(source: Source, rules: Rules | None = None, asked: Mask | None = 
     tables = source.tables
     block = _bad_blocks(source, shapes, rules)
     function = _bad_functions(source, asked)
-    entry = tables.functions.first_block
-    bad_entry = (entry >= 0) & (block[np.maximum(entry, 0)] != Why.WOVEN)
-    bad_entry &= tables.functions.parent == np.arange(len(entry))
-    function[(function == Why.WOVEN) & bad_entry] = Why.ENTRY_BLOCK
+    function[_bad_entries(source, shapes, block, function)] = Why.ENTRY_BLOCK
     function = function[tables.functions.parent]
     outside = function[tables.blocks.function]
     return Scope(function, np.where(outside != Why.WOVEN, outside, block), shapes)
+
+
+def find_nops(source: Source, first: Rows) -> Rows:
+    """int64[m]: rows of ftrace's nops, from the first rows of functions that have them."""
+    instructions = source.tables.instructions
+    endbr = (instructions.trait[first] & Trait.ENDBR) != 0  # in force or sealed
+    return np.asarray(np.minimum(first + endbr, len(instructions.addr) - 1))
+
+
+def _bad_entries(source: Source, shapes: Shapes, block: U8, function: U8) -> Rows:
+    """Functions, woven up to now, whose entry cannot be: its block, or no slot fits there."""
+    functions, instructions = source.tables.functions, source.tables.instructions
+    homes = (function == Why.WOVEN) & (functions.parent == np.arange(len(function)))
+    rows = np.flatnonzero(homes & (functions.first_insn >= 0))
+    first = functions.first_insn[rows].astype(np.int64)
+    nops = find_nops(source, first)
+    bad = shapes.size[nops] != NEAR_BYTES
+    for insn in (first, nops):
+        bad |= block[instructions.block[insn]] != Why.WOVEN
+    return np.asarray(rows[bad])
 
 
 def _bad_functions(source: Source, asked: Mask | None) -> U8:

@@ -198,9 +198,9 @@ struct kw_weave {
 /* A function; ascending by site. */
 struct kw_entry {
 	__u64 site;  /* ftrace's nop, where a jump to the clone goes */
-	__u64 clone;
-	__u64 slot;  /* five bytes of nop in the clone */
-	__u64 body;  /* where a jump in the slot leads: the native instruction behind it */
+	__u64 clone; /* where that jump leads: behind the slot */
+	__u64 slot;  /* five bytes of nop in the clone: the copy of ftrace's */
+	__u64 body;  /* where a jump in the slot leads: ftrace's nop */
 };
 
 /* Native text of a function or a part of it; ascending, disjoint. */
