@@ -47,9 +47,11 @@ def decided(functions: list[int], tactics: Sequence[Tactic | Reason | None]) -> 
     )
 
 
-def clonable(placed: list[bool]) -> Any:
+def clonable(placed: list[bool], complete: list[bool] | None = None) -> Any:
     return SimpleNamespace(
-        placed=np.array(placed), refused=lambda i: Refused(f"f{i}", Reason.NO_CLONE, "no clone")
+        placed=np.array(placed),
+        complete=np.array(placed if complete is None else complete),
+        refused=lambda i: Refused(f"f{i}", Reason.NO_CLONE, "no clone"),
     )
 
 
@@ -72,6 +74,12 @@ def test_functions_where_a_jump_does_not_fit_everywhere_are_woven(
 ) -> None:
     found = choose_woven(decided(functions, tactics), clonable(can))
     assert found.tolist() == woven
+
+
+def test_functions_in_which_a_count_would_not_be_complete_are_spliced() -> None:
+    decision = decided([1, 1, 2], [JUMP, TRAP, TRAP])
+    found = choose_woven(decision, clonable([True, True, True], [True, False, True]))
+    assert found.tolist() == [False, False, True]
 
 
 def test_traps_and_refusals_lack_a_jump() -> None:

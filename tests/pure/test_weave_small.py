@@ -18,7 +18,7 @@ from kernweave.image.sites import Sites, make_ranges
 from kernweave.weave.bind import translate
 from kernweave.weave.clonemap import Patched, exceptions_of, make_entries, make_mirror
 from kernweave.weave.counters import Place, make_counters, select_blocks, select_insns
-from kernweave.weave.scope import Rules, Scope, Why, find_scope
+from kernweave.weave.scope import Rules, Scope, Why, find_scope, native_blocks
 from kernweave.weave.source import Source, make_source
 from woven import Woven, weave
 
@@ -170,6 +170,17 @@ def test_lock_prefix_bails_out_while_it_may_be_patched(rules: Rules, why: Why) -
     locked = b"\xf0\x48\x0f\xc1\x1d\x00\x00\x00\x00"
     source = source_of((NOP5, jcc("e", "there"), locked, "there", RET))
     assert reason_of(find_scope(source, rules), source, at(0) + 11) == why
+
+
+def test_what_follows_a_bail_out_may_run_natively() -> None:
+    locked = b"\xf0\x48\x0f\xc1\x1d\x00\x00\x00\x00"
+    one = (NOP5, jcc("e", "there"), jcc("b", "other"), locked, "there", RET, "other", MOVE, RET)
+    source = source_of(one, (NOP5, jcc("e", "over"), MOVE, "over", RET))
+    for rules, count in ((Rules(), 0), (Rules(locks_live=True), 2)):
+        native = native_blocks(source, find_scope(source, rules))
+        assert native.sum() == count
+        starts = source.tables.blocks.addr[native].tolist()
+        assert starts == [at(0) + 17, at(0) + 26][:count]
 
 
 def test_bail_out_is_a_jump_to_the_native_block_behind_its_counter() -> None:

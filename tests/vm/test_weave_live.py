@@ -24,6 +24,7 @@ from kernweave.weave.counters import (
     select_returns,
     select_stores,
 )
+from kernweave.weave.scope import find_nops, native_blocks
 from oracle.lab import OracleLab, no_trouble, oracle_lab, storm
 from oracle.oracle import Counts
 
@@ -84,9 +85,13 @@ def _count(machine: OracleLab, k: Session) -> list[str]:
     live = load(k, prepared(k), asked, SELECTS)
     _watch(machine, k, live)
     before = machine.snapshot()
-    live.enter()
+    moved = live.enter()
+    print(moved)
+    assert moved.visitors == 0
+    inside = machine.snapshot()
     done = k.run(command, capture=True)
     assert (done.exit, done.stderr) == (0, b"")
+    meanwhile = machine.snapshot().since(inside)
     left = live.leave()
     executed = machine.snapshot().since(before)
     hits = live.hits().astype(np.int64)
@@ -95,7 +100,7 @@ def _count(machine: OracleLab, k: Session) -> list[str]:
     live.free()
     rows = machine.oracle.unwatch()
     restarts = dict(zip(rows["vaddr"].tolist(), rows["restarts"].tolist(), strict=True))
-    return _differences(live, executed, hits, restarts)
+    return _outside(live, meanwhile) + _differences(live, executed, hits, restarts)
 
 
 def _functions_that_run(k: Session, command: list[str]) -> Mask:
@@ -152,6 +157,23 @@ def _differences(
     return [
         f"{_name(live, int(native[at]))}: {hits[at]} hits, {seen[at]} executions"
         for at in np.flatnonzero(wrong).tolist()
+    ]
+
+
+def _outside(live: Live, executed: Counts) -> list[str]:
+    """Native instructions that were executed although their counts are said to be complete."""
+    source, scope = live.woven.source, live.woven.scope
+    instructions = source.tables.instructions
+    blocks = scope.woven[source.tables.blocks.function] & ~native_blocks(source, scope)
+    inner = blocks[instructions.block]
+    first = source.tables.functions.first_insn
+    inner[find_nops(source, first[first >= 0].astype(np.int64))] = False  # our jumps are there
+    inner[first[first >= 0]] = False
+    addrs = instructions.addr[inner]
+    seen = executed.at(addrs)
+    return [
+        f"{_name(live, addr)}: executed {count} times natively"
+        for addr, count in zip(addrs[seen > 0].tolist(), seen[seen > 0].tolist(), strict=True)
     ]
 
 

@@ -115,7 +115,7 @@ class Moved:
 
     Attributes:
         places: return addresses and others that were changed.
-        visitors: tasks that are in clones still.
+        visitors: tasks that are in clones still, or may be in native code.
         pid: of one of them.
         stop_ns: nanoseconds the machine was stopped.
     """

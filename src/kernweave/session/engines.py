@@ -50,14 +50,15 @@ def lacks_jump(decision: Decision) -> Mask:
 def choose_woven(decision: Decision, clonable: Clonable) -> Mask:
     """bool[m]: points whose function is woven; it is spliced or woven, never both.
 
-    Those are functions in which a jump does not fit everywhere that is asked for, if all of them
-    can be counted in its clone. Edges are counted nowhere else: a function of which any can be
-    counted is woven, and what else is asked for in it is counted there, too, or refused.
+    Those are functions in which a jump does not fit everywhere that is asked for, if all that is
+    asked for is counted in its clone whenever control arrives there. Edges are counted nowhere
+    else: a function of which any can be counted is woven, and what else is asked for in it is
+    counted there, too, or refused.
     """
     resolved = decision.resolved
     function = _function_of(resolved)
     lacking = np.unique(function[lacks_jump(decision)])
-    impossible = np.unique(function[~clonable.placed])
+    impossible = np.unique(function[~clonable.complete])
     parted = np.unique(function[resolved.edges & clonable.placed])
     return np.isin(function, np.append(np.setdiff1d(lacking, impossible), parted))
 

@@ -33,6 +33,7 @@ from kernweave.weave.source import I32, Source
 _CHUNK = uapi.MAX_PERCPU
 _COUNTER_BYTES = 8
 _LEAVE_S = 2.0
+_LOOKS = 2  # that must find nobody, before the driver lets go
 _LEAST_STOPS = 5  # before who is inside is left there: a grace period may take long
 _NOP5 = np.frombuffer(bytes.fromhex("0f1f440000"), np.uint8)
 _JUMP = 0xE9
@@ -88,6 +89,7 @@ class Live:
         driver = kernel.driver
         self._kernel = kernel
         self._entered: int | None = None
+        self.outside = 0  # tasks that may have stayed in native code at `enter`
         self.area = driver.area(0)
         try:
             self._load(source, scope, counters)
@@ -150,10 +152,12 @@ class Live:
         pokes["new_"][:, 1:5] = away.astype("<i4").view(np.uint8).reshape(-1, 4)
         self._entered = driver.commit(self.area, pokes)
         try:
-            return driver.move(self.area, Side.CLONE)
+            moved = driver.move(self.area, Side.CLONE)
         except BaseException:
             self.leave()
             raise
+        self.outside = moved.visitors
+        return moved
 
     def leave(self) -> Left:
         """Send everybody back to native code; counters can be read until `free`."""
@@ -167,15 +171,13 @@ class Live:
         if stuck:
             return Left(stops, 0, closed, stuck)
         deadline = time.monotonic() + _LEAVE_S
-        while True:
+        looks = 0
+        while looks < _LOOKS and (looks or not _is_late(deadline, stops)):
             driver.quiesce()  # again after each move: who was moved may know the place it had
             stops += (driver.move(self.area, Side.NATIVE),)
             inside = stops[-1].visitors + stops[-1].places
-            late = time.monotonic() > deadline and len(stops) >= _LEAST_STOPS
-            if not inside or late:
-                break
-        if not inside:
-            driver.quiesce()  # a task that ends is on no list at last
+            looks = 0 if inside else looks + 1
+        driver.quiesce()
         return Left(stops, inside, closed, stuck)
 
     def free(self) -> None:
@@ -193,6 +195,10 @@ class Live:
             kernel.driver.forget(self._entered)
         if not visitors:
             kernel.link.unload_kmod(self.kmod)
+
+
+def _is_late(deadline: float, stops: tuple[Moved, ...]) -> bool:
+    return time.monotonic() > deadline and len(stops) >= _LEAST_STOPS
 
 
 def _chunks(driver: Driver, area: Area, counters: int) -> tuple[Chunk, ...]:

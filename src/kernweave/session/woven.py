@@ -28,7 +28,7 @@ from kernweave.session.view import KernelView
 from kernweave.weave.counters import Counters, make_counters
 from kernweave.weave.generation import read_template
 from kernweave.weave.layout import live_at
-from kernweave.weave.scope import Rules, Scope, Why, find_scope
+from kernweave.weave.scope import Rules, Scope, Why, find_scope, native_blocks
 from kernweave.weave.source import Addrs, Source
 from kernweave.x86.decode import ALL_MASK
 
@@ -73,6 +73,12 @@ class Clonable:
     def placed(self) -> npt.NDArray[np.bool_]:
         """bool[m]: which points can be counted."""
         return self.counter >= 0
+
+    @cached_property
+    def complete(self) -> npt.NDArray[np.bool_]:
+        """bool[m]: which points are counted whenever control arrives there."""
+        native = native_blocks(self.source, self.scope)
+        return self.placed & ~native[self.source.tables.instructions.block[self.insn]]
 
     def refused(self, i: int) -> Refused:
         """Why a point cannot be counted."""
@@ -236,6 +242,7 @@ class WovenCounts(Counts):
         self.live = live
         self._driver = driver
         self._counter = found.counter[kept]
+        self._complete = found.complete[kept]
         functions = live.woven.source.tables.functions
         function = live.woven.source.tables.instructions.function[found.insn[kept]]
         self._function = functions.parent[function]
@@ -271,11 +278,13 @@ class WovenCounts(Counts):
     def exact(self) -> npt.NDArray[np.bool_]:
         """bool[m]: whether each count is final and complete.
 
-        That of a function which was given back is not, and nothing is while tasks are inside.
+        That of a function which was given back is not, nor what may run natively behind a
+        bail-out, and nothing is while tasks are inside, or if some may have stayed natively.
         """
-        if self._left is None or self.in_flight or self._left.stuck:
+        if self._left is None or self.in_flight or self._left.stuck or self.live.outside:
             return np.zeros(len(self._counter), bool)
-        return np.asarray(~np.isin(self._function, self.live.functions[self._left.closed]))
+        closed = np.isin(self._function, self.live.functions[self._left.closed])
+        return np.asarray(self._complete & ~closed)
 
     @property
     def evicted(self) -> int:

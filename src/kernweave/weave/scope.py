@@ -16,6 +16,7 @@ from enum import IntEnum
 import numpy as np
 
 from kernweave.image.sites import contains
+from kernweave.model.tables import EdgeKind
 from kernweave.weave.branches import NEAR_BYTES, Form, Shapes, find_shapes
 from kernweave.weave.source import U8, Mask, Rows, Source
 from kernweave.x86.decode import Flow, Trait
@@ -103,6 +104,27 @@ def find_scope(source: Source, rules: Rules | None = None, asked: Mask | None = 
     function = function[tables.functions.parent]
     outside = function[tables.blocks.function]
     return Scope(function, np.where(outside != Why.WOVEN, outside, block), shapes)
+
+
+def native_blocks(source: Source, scope: Scope) -> Mask:
+    """bool[b]: blocks of woven functions that may run natively: bail-outs, and what follows them.
+
+    Control stays in native code until the function returns, so what is counted there is not all.
+    """
+    tables = source.tables
+    found = scope.bail_outs.copy()
+    home = tables.functions.parent[tables.blocks.function]
+    left = np.zeros(len(tables.functions.addr), bool)
+    left[home[found]] = True
+    edges = tables.edges
+    rows = np.flatnonzero((edges.target >= 0) & left[home[edges.source]])
+    rows = rows[home[edges.target[rows]] == home[edges.source[rows]]]
+    rows = rows[~np.isin(edges.kind[rows], (EdgeKind.CALL, EdgeKind.SIBLING))]
+    while True:
+        new = edges.target[rows[found[edges.source[rows]]]]
+        if found[new].all():
+            return found
+        found[new] = True
 
 
 def find_nops(source: Source, first: Rows) -> Rows:

@@ -192,6 +192,7 @@ void kw_weave_free(struct kw_code *code);
 void kw_weave_exit(void);
 u32 kw_weave_visitors(struct kw_code *code);
 bool kw_weave_is_entry(const struct kw_code *code, u64 addr, u64 target);
+bool kw_weave_is_probed(const struct kw_weaving *w);
 void kw_weave_close(struct kw_code *code);
 void kw_weave_mark(u64 addr, u64 len);
 bool kw_weave_close_marked(void);

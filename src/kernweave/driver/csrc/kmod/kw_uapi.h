@@ -240,7 +240,7 @@ enum kw_side {
 
 struct kw_moved {
 	__u64 places;   /* return addresses and others that were changed */
-	__u64 visitors; /* tasks that are in clones still */
+	__u64 visitors; /* tasks that are in clones still, or may be in native code */
 	__u64 pid;      /* of one of them */
 	__u64 stop_ns;  /* how long the machine was stopped */
 };

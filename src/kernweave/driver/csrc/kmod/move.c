@@ -5,9 +5,8 @@
  * addresses on their stacks, those that tracers hide, and the ips of interrupted code.
  *
  * Who had a place changed may have read it before, and hold the old address in a
- * register: tracers do.  So after a grace period they are looked at again, until none
- * has any.  One more passes then: a task in do_exit(), once it is unhashed, is on no
- * list, and RCU tasks waits until it is gone.
+ * register: tracers do.  So after a grace period they are looked at again, until nobody
+ * is found twice.  One more passes then.
  */
 #include <linux/ftrace.h>
 #include <linux/kprobes.h>
@@ -22,6 +21,7 @@
 
 #define KW_SETTLE_JIFFIES max(HZ / 100, 1)
 #define KW_SETTLE_TRIES 500
+#define KW_LOOKS 2 /* that must find nobody */
 
 static void kw_settle(struct work_struct *work);
 static DECLARE_DELAYED_WORK(kw_settler, kw_settle);
@@ -43,7 +43,7 @@ struct kw_move {
 	s64 stop_ns;
 };
 
-/* The other side of a place, 0: it has none. */
+/* The other side of a place, 0: it has none.  Of several the last: behind counters. */
 static u64 kw_other_side(const struct kw_weaving *w, const struct kw_place *places, u32 count,
 			 enum kw_side side, u64 addr)
 {
@@ -57,23 +57,32 @@ static u64 kw_other_side(const struct kw_weaving *w, const struct kw_place *plac
 		u32 mid = lo + (hi - lo) / 2;
 
 		key = side == KW_NATIVE ? places[mid].clone : places[mid].native;
-		if (key == addr - base)
-			return other +
-			       (side == KW_NATIVE ? places[mid].native : places[mid].clone);
-		if (key < addr - base)
+		if (key <= addr - base)
 			lo = mid + 1;
 		else
 			hi = mid;
 	}
-	return 0;
+	if (!lo--)
+		return 0;
+	key = side == KW_NATIVE ? places[lo].clone : places[lo].native;
+	if (key != addr - base)
+		return 0;
+	return other + (side == KW_NATIVE ? places[lo].native : places[lo].clone);
 }
 
-/* Whether a native address is in a function that is closed. */
-static bool kw_is_closed(const struct kw_weaving *w, u64 native)
+/* The function that a native address is in, as a row of its entries, -1: it is not woven. */
+static s64 kw_function_of(const struct kw_weaving *w, u64 native)
 {
 	s64 row = kw_find_row(w->parts, w->n.parts, native);
 
-	return row >= 0 && w->closed[w->parts[row].entry];
+	return row >= 0 && native < w->parts[row].end ? (s64)w->parts[row].entry : -1;
+}
+
+static bool kw_is_closed(const struct kw_weaving *w, u64 native)
+{
+	s64 row = kw_function_of(w, native);
+
+	return row >= 0 && w->closed[row];
 }
 
 /* The native instruction at or before a place in a clone. */
@@ -96,7 +105,7 @@ static u64 kw_native_near(const struct kw_weaving *w, u64 clone)
 static bool kw_is_concerned(const struct kw_move *m, u64 inside)
 {
 	if (m->side == KW_CLONE)
-		return !kw_is_closed(m->w, inside);
+		return kw_function_of(m->w, inside) >= 0 && !kw_is_closed(m->w, inside);
 	if (!kw_is_clone(m->w, inside))
 		return false;
 	return !m->some || kw_is_closed(m->w, kw_native_near(m->w, inside));
@@ -139,16 +148,15 @@ static bool kw_is_replaced(u64 native)
 	return false;
 }
 
-/* Who is interrupted is moved out only: what is before a counter there is behind one here. */
+/* Who is interrupted has arrived before it is moved in, and so is not counted there. */
 static bool kw_move_ip(struct kw_move *m, struct pt_regs *regs)
 {
 	const struct kw_weaving *w = m->w;
-	u64 to;
+	u64 to = kw_other_side(w, w->insns, w->n.insns, m->side, regs->ip);
 
-	if (m->side != KW_NATIVE)
-		return false;
-	to = kw_other_side(w, w->insns, w->n.insns, KW_NATIVE, regs->ip);
-	return kw_move_place(m, &regs->ip, regs->ip, to && !kw_is_replaced(to) ? to : 0);
+	if (to && m->side == KW_NATIVE && kw_is_replaced(to))
+		to = 0;
+	return kw_move_place(m, &regs->ip, regs->ip, to);
 }
 
 /* Return addresses that a tracer keeps beside the stack. */
@@ -233,8 +241,8 @@ static bool kw_move_frames(struct kw_move *m, struct task_struct *task)
 		else if (at)
 			stays |= kw_move_return(m, at);
 	}
-	if (unwind_error(&state) && m->side == KW_NATIVE && task != current)
-		stays |= kw_may_return(m, task);
+	if (unwind_error(&state))
+		stays |= task == current || kw_may_return(m, task);
 	return stays;
 }
 
@@ -244,7 +252,7 @@ static void kw_move_task(struct kw_move *m, struct task_struct *task)
 
 	if (kw_may_unwind(task))
 		stays |= kw_move_frames(m, task);
-	else if (m->side == KW_NATIVE)
+	else
 		stays |= kw_may_return(m, task);
 	if (!stays)
 		return;
@@ -256,6 +264,12 @@ static bool kw_has_stack(struct task_struct *task)
 {
 	return task && !READ_ONCE(task->on_cpu) && task_stack_page(task) &&
 	       refcount_read(&task->stack_refcount);
+}
+
+static void kw_move_away(void *data, struct task_struct *task)
+{
+	if (kw_has_stack(task))
+		kw_move_task(data, task);
 }
 
 /* Every CPU looks at what it runs itself, one of them at all the rest. */
@@ -270,11 +284,10 @@ static int kw_move_all(void *data)
 	if (smp_processor_id() != cpumask_first(cpu_online_mask))
 		return 0;
 	for_each_process_thread(process, task)
-		if (kw_has_stack(task))
-			kw_move_task(m, task);
+		kw_move_away(m, task);
 	for_each_possible_cpu(cpu)
-		if (kw_has_stack(kw_syms.idle_task(cpu))) /* none if the CPU was never there */
-			kw_move_task(m, kw_syms.idle_task(cpu));
+		kw_move_away(m, kw_syms.idle_task(cpu)); /* none if the CPU was never there */
+	kw_exiting_visit(kw_move_away, m);
 	m->stop_ns = ktime_to_ns(ktime_sub(ktime_get(), since));
 	return 0;
 }
@@ -398,27 +411,37 @@ void kw_weave_exit(void)
 	WARN_ON(!list_empty(&kw_weavings));
 }
 
+/* Tasks that are, or were a moment ago, in clones; as far as is known. */
+static u32 kw_found(const struct kw_move *m)
+{
+	return atomic_read(&m->visitors) + atomic_read(&m->places) + !kw_exiting_complete();
+}
+
 static void kw_move_out(struct kw_code *code, struct kw_move *m)
 {
 	bool quiescent = kw_code_is_free(code);
 
 	kw_move(m);
-	code->weaving->empty = quiescent && !atomic_read(&m->places) && !atomic_read(&m->visitors);
+	if (quiescent && !kw_found(m))
+		code->weaving->looks++;
+	else
+		code->weaving->looks = 0;
 	if (code->stamp) /* else nobody ever got there */
 		code->stamp = kw_stamp_now();
 }
 
 /*
- * Tasks that are, or were a moment ago, in clones of a generation that is quiescent
- * otherwise.  If there are none it may not be so any more: see above.
+ * Tasks in clones of a generation that is quiescent otherwise.  If there are none it may
+ * not be so any more: a grace period has to pass after each look.
  */
 u32 kw_weave_visitors(struct kw_code *code)
 {
 	struct kw_move m = { .w = code->weaving, .side = KW_NATIVE };
 
-	if (!code->weaving->empty)
-		kw_move_out(code, &m);
-	return atomic_read(&m.visitors) + atomic_read(&m.places);
+	if (code->weaving->looks >= KW_LOOKS)
+		return 0;
+	kw_move_out(code, &m);
+	return kw_found(&m);
 }
 
 int kw_weave_move(struct kw_session *s, const struct kw_slice *req, struct kw_out *out)

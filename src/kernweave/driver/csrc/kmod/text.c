@@ -192,6 +192,8 @@ static int kw_poke_batch(struct kw_txn *t, const u32 *rows, u32 n, u32 *bad)
 		    kw_is_closed_entry(t->code, &t->pokes[rows[i]]))
 			return -ESTALE;
 	}
+	if (t->code->weaving && kw_weave_is_probed(t->code->weaving))
+		return -ESTALE;
 	if (!t->code->weaving) {
 		for (i = 0; i < n; i++)
 			kw_weave_mark(t->pokes[rows[i]].addr, t->pokes[rows[i]].len);

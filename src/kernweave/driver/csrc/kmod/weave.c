@@ -146,6 +146,10 @@ static void kw_mirror_bytes(const struct kw_mirror *m, const u8 *bytes, u8 *to)
 			memcpy(to, kw_nop5, KW_JMP_LEN);
 		return;
 	}
+	if (bytes[0] == RET_INSN_OPCODE) { /* may be safe only where it is */
+		kw_jump(to, m->clone, m->native);
+		return;
+	}
 	memcpy(to, bytes, KW_JMP_LEN);
 	if (bytes[0] == CALL_INSN_OPCODE || bytes[0] == KW_JMP_OPCODE) {
 		memcpy(&rel, bytes + 1, sizeof(rel));
@@ -203,25 +207,34 @@ static int kw_catch_up(const struct kw_weaving *w)
 	return 0;
 }
 
-static bool kw_has_kprobes(const struct kw_weaving *w)
+/*
+ * Kprobes on clones: from before they were denied, or of somebody who was allowed one
+ * then and had not registered it yet.
+ */
+bool kw_weave_is_probed(const struct kw_weaving *w)
 {
 	struct kprobe *kp;
 	int i;
 
+	lockdep_assert_held(kw_syms.kprobe_mutex);
 	for (i = 0; i < KW_KPROBE_BUCKETS; i++)
 		hlist_for_each_entry(kp, &kw_syms.kprobe_table[i], hlist)
-			if (kw_is_clone(w, (unsigned long)kp->addr))
+			if (kw_is_clone(w, (unsigned long)kp->addr) && !kprobe_gone(kp))
 				return true;
 	return false;
 }
 
-/* From here on the clones are what the native functions are, and nobody else's. */
+/*
+ * From here on the clones are what the native functions are, and nobody else's.  Who
+ * flips a static key drops text_mutex between queueing and writing.
+ */
 static int kw_take_over(struct kw_weaving *w)
 {
 	int ret;
 
 	kw_text_lock();
-	ret = kw_has_kprobes(w) ? -EBUSY : kw_catch_up(w);
+	kw_text_flush();
+	ret = kw_weave_is_probed(w) ? -EBUSY : kw_catch_up(w);
 	if (!ret) {
 		list_add_tail(&w->link, &kw_weavings);
 		w->denied.start_addr = w->start;
@@ -266,9 +279,14 @@ int kw_weave(struct kw_session *s, const struct kw_weave *req, const u8 *rows, s
 	ret = -EINVAL;
 	if (!kw_split_rows(w, len))
 		goto fail;
-	ret = kw_take_over(w);
+	ret = kw_exiting_watch();
 	if (ret)
 		goto fail;
+	ret = kw_take_over(w);
+	if (ret) {
+		kw_exiting_unwatch();
+		goto fail;
+	}
 	code->weaving = w;
 	code->filled = true;
 	code->sealed = true;
@@ -288,6 +306,7 @@ void kw_weave_free(struct kw_code *code)
 	list_del_rcu(&w->denied.list);
 	kw_text_unlock();
 	synchronize_rcu(); /* who looks whether a kprobe is denied holds no lock */
+	kw_exiting_unwatch();
 	kw_weaving_free(w);
 }
 
@@ -329,6 +348,7 @@ void kw_weave_close(struct kw_code *code)
 	struct kw_weaving *w = code->weaving;
 	u32 i = 0, n;
 
+	w->looks = 0;
 	while (i < w->n.entries) {
 		mutex_lock(kw_syms.text_mutex);
 		for (n = 0; i < w->n.entries && n < KW_BATCH; i++)
@@ -346,19 +366,21 @@ void kw_weave_close(struct kw_code *code)
 static bool kw_mark_around(struct kw_weaving *w, u64 addr, u64 len)
 {
 	s64 row = kw_find_row(w->parts, w->n.parts, addr + len - 1);
+	bool marked = false;
 	u32 entry;
 
-	if (row < 0 || w->parts[row].end <= addr)
-		return false;
-	entry = w->parts[row].entry;
-	if (w->closed[entry])
-		return false;
-	kw_yield_evict(w->entries[entry].site);
-	w->closed[entry] = KW_MARKED;
-	w->marked = true;
-	pr_info_ratelimited("%ps is native again: its text is changed\n",
-			    (void *)w->entries[entry].body);
-	return true;
+	for (; row >= 0 && w->parts[row].end > addr; row--) {
+		entry = w->parts[row].entry;
+		if (w->closed[entry])
+			continue;
+		kw_yield_evict(w->entries[entry].site);
+		w->closed[entry] = KW_MARKED;
+		w->marked = true;
+		marked = true;
+		pr_info_ratelimited("%ps is native again: its text is changed\n",
+				    (void *)w->entries[entry].body);
+	}
+	return marked;
 }
 
 /*
@@ -440,10 +462,10 @@ static bool kw_mirror(struct kw_weaving *w, u64 addr, const u8 *bytes, size_t le
 		      const u8 *emulate)
 {
 	s64 row = kw_find_row(w->mirrors, w->n.mirrors, addr);
-	const struct kw_mirror *m = &w->mirrors[row];
+	const struct kw_mirror *m = row < 0 ? NULL : &w->mirrors[row];
 	u8 copy[KW_JMP_LEN], instead[KW_JMP_LEN];
 
-	if (row < 0 || m->native != addr || m->len != len)
+	if (!m || m->native != addr || m->len != len)
 		return false;
 	kw_mirror_bytes(m, bytes, copy);
 	if (emulate)

@@ -26,7 +26,7 @@ struct kw_weaving {
 	u8 *closed; /* enum kw_closed per entry; under text_mutex */
 	bool marked;  /* some are KW_MARKED */
 	bool closing; /* somebody may still be in what is closed */
-	bool empty;   /* nobody was found in any clone, in quiescence; under kw_lock */
+	u32 looks;    /* one after another that found nobody in any clone; under kw_lock */
 	struct kprobe_blacklist_entry denied; /* no kprobes on clones */
 };
 
@@ -56,5 +56,10 @@ static inline s64 kw_last_row(const void *rows, u32 count, size_t size, u64 addr
 #define kw_find_row(rows, count, addr) kw_last_row(rows, count, sizeof(*(rows)), addr)
 
 void kw_settle_soon(void);
+
+int kw_exiting_watch(void);
+void kw_exiting_unwatch(void);
+void kw_exiting_visit(void (*visit)(void *data, struct task_struct *task), void *data);
+bool kw_exiting_complete(void);
 
 #endif
