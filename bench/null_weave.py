@@ -2,7 +2,8 @@
 """What running in clones costs, without any counter: instructions per system call (`-icount`).
 
 For each loop of system calls all functions that it enters are woven, then all of the kernel.  Then
-all again with the entries counted, which shows that the clones are what runs.
+all again with the entries counted, which shows that the clones are what runs; `entries_per_call`
+holds the start of the program and whatever else runs meanwhile, too.
 Writes results/null_weave.json.
 """
 
