@@ -6,9 +6,9 @@
  */
 #include <linux/bug.h>
 #include <linux/jump_label.h>
-#include <linux/kobject.h>
 #include <linux/module.h>
 #include <linux/static_call.h>
+#include <linux/workqueue.h>
 
 static ulong plain, keyed, first, second, warned, gone; /* what was really called, seen from inside */
 module_param(plain, ulong, 0444);
@@ -70,12 +70,12 @@ static int set_bug(const char *text, const struct kernel_param *kp)
 	return 0;
 }
 
-/* kobject_get() warns of what was never initialised, each time. */
+/* flush_work() warns of what was never initialised, each time. */
 static int set_oddity(const char *text, const struct kernel_param *kp)
 {
-	static struct kobject never;
+	static struct work_struct never;
 
-	kobject_get(&never);
+	flush_work(&never);
 	return 0;
 }
 
