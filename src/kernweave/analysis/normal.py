@@ -19,6 +19,9 @@ _IMAGE_SPAN = 64 << 20
 _MAP_START = 0xFFFF_FFFF_8000_0000  # __START_KERNEL_map: physical addresses are relative to it
 _LINK_BASE = 0xFFFF_FFFF_8100_0000  # where the kernel is when KASLR is off
 _LOW_END = 1 << 32
+#: kernel memory outside of the image and of kmods: where its data are, another place at each boot
+_DATA_START, _DATA_END = 0xFF11_0000_0000_0000, 0xFFFF_FE00_0000_0000
+_BIG = 8
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ def make_print(text: bytes, base: int, decoded: Decoded, sites: Sites) -> Print:
     positions = [_operands(text, base, decoded, kind) for kind in ("disp", "imm")]
     absolute, size, sign = (np.concatenate(column) for column in zip(*positions, strict=True))
     order = np.argsort(absolute, kind="stable")
-    patched = _patched(len(text), base, decoded, sites)
+    patched = _patched(text, base, decoded, sites)
     plain = np.frombuffer(text, np.uint8).copy()
     plain[patched] = 0
     return Print(
@@ -79,8 +82,9 @@ def _between(value: npt.NDArray[np.uint64], start: int) -> npt.NDArray[np.bool_]
     return np.asarray(value - np.uint64(start % (1 << 64)) < np.uint64(_IMAGE_SPAN))
 
 
-def _patched(count: int, base: int, decoded: Decoded, sites: Sites) -> Rows:
-    """Byte positions that the kernel may rewrite while it runs."""
+def _patched(text: bytes, base: int, decoded: Decoded, sites: Sites) -> Rows:
+    """Byte positions that the kernel may rewrite while it runs, or writes at boot."""
+    count = len(text)
     tables = np.concatenate((sites.ftrace, sites.jump_labels, sites.static_calls))
     spread = (tables[:, None] + np.arange(_PATCH_BYTES, dtype=np.uint64)).ravel()
     locks = decoded.addr[(decoded.trait & Trait.LOCK) != 0]
@@ -88,11 +92,25 @@ def _patched(count: int, base: int, decoded: Decoded, sites: Sites) -> Rows:
         np.arange(start, end, dtype=np.uint64)
         for start, end in (*sites.static_text, *sites.other_modes)
     ]
-    addrs = np.concatenate((spread, locks, *others))
+    addrs = np.concatenate((spread, locks, _constants(text, base, decoded), *others))
     inside = (addrs >= np.uint64(base)) & (addrs < np.uint64(base + count))
     found = np.zeros(count, bool)
     found[(addrs[inside] - np.uint64(base)).astype(np.int64)] = True
     return np.flatnonzero(found)
+
+
+def _constants(text: bytes, base: int, decoded: Decoded) -> npt.NDArray[np.uint64]:
+    """Addresses of the bytes of constants that hold the address of allocated memory.
+
+    References:
+        Kernel commit e3c92e81711d ("runtime constants: add x86 architecture support")
+    """
+    rows = np.flatnonzero((decoded.imm > 0) & (decoded.imm_size == _BIG))
+    addr = decoded.addr[rows] + decoded.imm[rows].astype(np.uint64)
+    position = (addr - np.uint64(base)).astype(np.int64)
+    value = read_signed(text, position, decoded.imm_size[rows]).view(np.uint64)
+    inside = (value >= np.uint64(_DATA_START)) & (value < np.uint64(_DATA_END))
+    return np.asarray((addr[inside][:, None] + np.arange(_BIG, dtype=np.uint64)).ravel(), np.uint64)
 
 
 def differing(known: Print, text: bytes, slide: int) -> Rows:

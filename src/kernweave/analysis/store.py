@@ -23,7 +23,7 @@ from kernweave.analysis.normal import Print, differing
 from kernweave.model.table import Column, columns, load_tables, save_tables
 from kernweave.model.tables import Blocks, Edges, Functions, Instructions
 
-SCHEMA = 9  # of the folders; one more whenever the analysis finds something else
+SCHEMA = 10  # of the folders; one more whenever the analysis finds something else
 MAX_TEXTS = 6  # per build id; the oldest goes
 _OURS = f"{SCHEMA}-*"  # another version's folders are left alone, so that two can take turns
 _STORED = "[!.]*"  # a name with a dot is being written
@@ -48,10 +48,14 @@ class Found:
     Attributes:
         tables: at the addresses of this boot.
         differs: int64[d], byte positions where the text differs from the one analysed.
+        print: of the one analysed.
+        base: run-time address at which that was.
     """
 
     tables: KernelTables
     differs: npt.NDArray[np.int64]
+    print: Print
+    base: int
 
 
 def save(folder: Path, found: Stored) -> None:
@@ -78,18 +82,18 @@ def find(folder: Path, text: bytes, base: int, most: int) -> Found | None:
         base: its run-time address.
         most: how many bytes may differ.
     """
-    best: tuple[int, Path, int, npt.NDArray[np.int64]] | None = None
+    best: tuple[int, Path, int, npt.NDArray[np.int64], Print] | None = None
     for one in sorted(folder.glob(_OURS)):
         known = _load_print(one)
         if known is None or len(known[1].text) != len(text):
             continue
         positions = differing(known[1], text, base - known[0])
         if len(positions) <= most and (best is None or len(positions) < best[0]):
-            best = (len(positions), one, known[0], positions)
+            best = (len(positions), one, known[0], positions, known[1])
     if best is None:
         return None
     tables = _load(best[1], base, best[2])
-    return None if tables is None else Found(tables, best[3])
+    return None if tables is None else Found(tables, best[3], best[4], best[2])
 
 
 def functions_at(

@@ -29,6 +29,7 @@ from kernweave.analysis.kernel import (
     live_before,
 )
 from kernweave.analysis.liveness import live_before as live_alone
+from kernweave.analysis.normal import Print, differing
 from kernweave.analysis.parts import make_parts
 from kernweave.analysis.store import find, functions_at, save
 from kernweave.image.btf import Btf
@@ -51,13 +52,22 @@ class KernelImage:
 
     Attributes:
         tables: of the text as it was analysed.
-        changed: bool[f], functions whose text is another one now: their rows do not hold.
+        changed: bool[f], functions whose text was another one when it was looked at: their rows
+            do not hold.
         from_cache: whether nothing had to be analysed.
+        print: the text as it was analysed.
+        base: its address then.
     """
 
     tables: KernelTables
     changed: Mask
     from_cache: bool
+    print: Print
+    base: int
+
+    def holds(self, text: bytes, base: int) -> bool:
+        """Whether all rows are those of the native text of now, which begins at `base`."""
+        return not len(differing(self.print, text, base - self.base))
 
 
 class Analysis:
@@ -68,6 +78,7 @@ class Analysis:
         self._view = view
         self._folder = cache / "analysis" / view.build_id if view.build_id else None
         self._progress = progress
+        self._image: KernelImage | None = None
 
     def live(self, code: Code) -> U32:
         """uint32[n]: what is live before each instruction of some functions.
@@ -115,15 +126,20 @@ class Analysis:
         row = np.searchsorted(functions.addr, table.addr, side="right") - 1
         return select(table, ~image.changed[row])
 
-    @cached_property
+    @property
     def kernel(self) -> KernelImage:
         """The kernel's own text."""
+        if self._image is None:
+            self._image = self._find()
+        return self._image
+
+    def _find(self) -> KernelImage:
         text, base = self._text()
         known = find(self._folder, text, base, _MOST_DIFFERING) if self._folder else None
         if known is not None:
             changed = functions_at(known.tables, known.differs, base)
             if not _matters(known.tables, changed):
-                return KernelImage(known.tables, changed, True)
+                return KernelImage(known.tables, changed, True, known.print, known.base)
         return self._analyse(text, base)
 
     def _text(self) -> tuple[bytes, int]:
@@ -139,15 +155,23 @@ class Analysis:
         found = analyse_text(parts, sites, self._hints(), text, base)
         if self._folder:
             save(self._folder, found)
-        return KernelImage(found.tables, np.zeros(len(parts), bool), False)
+        return KernelImage(found.tables, np.zeros(len(parts), bool), False, found.print, base)
+
+    def _whole(self) -> tuple[KernelTables, bytes, int]:
+        """Tables of which every row holds, the native text, and its address.
+
+        Where somebody changed a function, since it was analysed or just now, everything is
+        analysed anew, and that is kept.
+        """
+        text, base = self._text()
+        if not self.kernel.holds(text, base):
+            self._image = self._analyse(text, base)
+            self.__dict__.pop("_stretches", None)
+        return self.kernel.tables, text, base
 
     def source(self) -> Source:
         """The kernel's own text as it is now, to weave from."""
-        text, base = self._text()
-        image = self.kernel
-        if image.changed.any():
-            image = self._analyse(text, base)
-        return make_source(image.tables, text, base, self._view.sites)
+        return make_source(*self._whole(), self._view.sites)
 
     @cached_property
     def btf(self) -> Btf | None:
@@ -161,15 +185,9 @@ class Analysis:
         return Hints(taken, prototype_arguments(self.btf), exported, image.local)
 
     def tables(self) -> KernelTables:
-        """The kernel and every kmod loaded now.
-
-        Where somebody changed a function everything is analysed anew: rows of other text would
-        be wrong.
-        """
-        image = self.kernel
-        if image.changed.any():
-            image = self._analyse(*self._text())
-        return join([image.tables, *(self._kmod(one) for one in self._view.images[1:])])
+        """The kernel and every kmod loaded now."""
+        tables, *_ = self._whole()
+        return join([tables, *(self._kmod(one) for one in self._view.images[1:])])
 
     def _kmod(self, image: Symbols) -> KernelTables:
         hints = Hints(np.array(image.starts, np.uint64), {})
