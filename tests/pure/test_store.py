@@ -30,6 +30,8 @@ from kernweave.model.table import columns
 BASE = 0xFFFF_FFFF_8100_0000
 SLIDE = 0x2A0_0000
 PER_CPU = 0x1_2340  # of a kernel whose per-CPU area begins at zero
+NUMBER = 0x1122_3344_5566_7788
+ALLOCATED = 0xFF11_0A23_4567_8000  # of a table that is allocated at boot
 MOST = 8
 NAMES = ("reads", "calls", "locks")
 TABLES = ("functions", "instructions", "blocks", "edges", "stretches")
@@ -70,7 +72,8 @@ def kernel(slide: int = 0, other: int = 0) -> Kernel:
         op("MOV_RM64_IMM32", "rcx", low),
         op("INC_RM64", mem(Register.RIP, disp=PER_CPU, segment=Register.GS)),
         op("ADD_R64_RM64", "rax", mem(Register.RIP, disp=base + 0x1400)),
-        op("MOV_R64_IMM64", "rdx", 0x1122_3344_5566_7788),
+        op("MOV_R64_IMM64", "rdx", NUMBER),
+        op("MOV_R64_IMM64", "rsi", ALLOCATED - (1 << 64)),
         RET, INT3, INT3,
         "calls", NOP5,
         *(op("MOV_R32_IMM32", "eax", other + i) for i in range(4 if other else 0)),
@@ -172,6 +175,17 @@ def test_what_the_kernel_patches_itself_is_no_difference(
     text = with_bytes(now.text, now.at(label), new)
     assert text != now.text
     assert must_find(tmp_path, now, text).differs.tolist() == []
+
+
+@pytest.mark.parametrize(("constant", "same"), [(ALLOCATED, True), (NUMBER, False)])
+def test_only_where_memory_was_allocated_is_no_difference(
+    tmp_path: Path, constant: int, same: bool
+) -> None:
+    save(tmp_path, kernel().analyse())
+    now = kernel()
+    at = now.text.index(constant.to_bytes(8, "little"))
+    text = with_bytes(now.text, at, (constant + 0x1234_5678_9000).to_bytes(8, "little"))
+    assert (must_find(tmp_path, now, text).differs.tolist() == []) == same
 
 
 @pytest.mark.parametrize("slide", [0, SLIDE])

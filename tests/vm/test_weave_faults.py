@@ -13,19 +13,37 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
-from guest import LONGEST_S, TRACING, Text, booted, program, read_text, shell, target, until
+from guest import (
+    CSRC,
+    LONGEST_S,
+    TRACING,
+    Text,
+    booted,
+    kmodctl,
+    program,
+    read_text,
+    shell,
+    target,
+    until,
+)
 
 import kernweave
 from kernweave.driver.client import Driver
 from kernweave.driver.link import Link
 from kernweave.errors import DriverError, KernweaveError, Reason, RefusedError
+from kernweave.lab.build import build_kmod
 from kernweave.lab.machine import Lab
+from kernweave.lab.packages import fetch_kernel
 from kernweave.session.session import Session
+from kernweave.weave.clonemap import make_map
+from kernweave.x86.decode import decode
 
 CLIENT = Path(__file__).parent / "kill_weave.py"
 CALLS = 23
 SUBJECT = "__x64_sys_sched_rr_get_interval"
+NEVER_RUN = "kernel_halt"
 #: somebody is always inside of some of these
 FEW = ("do_sys_poll@insns", "schedule*@blocks", "vfs_read@insns", "ksys_*", "__schedule@blocks",
        f"{SUBJECT}@insns")  # fmt: skip
@@ -191,6 +209,46 @@ def test_function_that_gets_a_kprobe_meanwhile_is_refused_or_woven_without(
             print(error)
         shell(link, f"echo 0 > {probe}; echo > {TRACING}/kprobe_events")
         assert_counts(session, link)
+
+
+def test_text_that_simply_became_another_is_analysed_anew(
+    lab: Lab, link: Link, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kmod = build_kmod(fetch_kernel(lab.series, print), CSRC / "subject", progress=print)
+    assert kmodctl(link, "load", str(kmod)) == "ok"
+    said: list[str] = []
+    with kernweave.connect(target(lab), progress=said.append) as session:
+        monkeypatch.setattr(session.analysis, "_folder", None)
+        said.clear()
+        addr = immediate_of(session, NEVER_RUN)
+        copies = [copy_of(session, addr)]
+        known = len(said)
+        scribble = f"echo {addr:#x} > /sys/module/kw_subject/parameters/scribble"
+        shell(link, scribble)
+        copies.append(copy_of(session, addr))
+        shell(link, scribble)
+        assert (known, len(said)) == (1, 2)
+    assert kmodctl(link, "unload", "kw_subject") == "ok"
+    assert copies[0] ^ copies[1] == 1
+
+
+def immediate_of(session: Session, function: str) -> int:
+    """Address of the first byte of a four-byte number in the code of a function."""
+    bounds = session.view.images[0].bounds(session.view.images[0].find(function)[0])
+    assert bounds
+    code = decode([(bounds[0], session.read(bounds[0], bounds[1] - bounds[0]))])
+    row = np.flatnonzero((code.imm_size == 4) & (code.target == 0) & (code.imm > 0))[0]
+    return int(code.addr[row]) + int(code.imm[row])
+
+
+def copy_of(session: Session, addr: int) -> int:
+    """The byte of a clone that is the copy of a native one, read in the kernel."""
+    with session.weave(f"{NEVER_RUN}@insns") as woven:
+        live = woven.live
+        clones = make_map(live.woven.source, live.woven.layout, live.base)
+        row = np.searchsorted(clones.native, np.uint64(addr), side="right") - 1
+        inside = addr - int(clones.native[row])
+        return session.read(int(clones.clone[row]) + inside, 1)[0]
 
 
 # ---- the client dies ---------------------------------------------------------------------------
