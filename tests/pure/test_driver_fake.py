@@ -11,11 +11,12 @@ import pytest
 from contract import DriverContract
 from contract_sessions import UNMAPPED
 from contract_splice import MANY, NOP5, make_splice
+from contract_weave import generation
 from kernweave.driver import uapi
 from kernweave.driver.client import CommitError, Driver
 from kernweave.driver.fake import TEXT_START, FakeKernel, FakeSession
 from kernweave.driver.uapi import Owner, PokeFlag, State
-from kernweave.errors import DriverError
+from kernweave.errors import DriverError, UnsupportedError
 
 STRIDE = 16
 INT3 = b"\xcc"
@@ -245,3 +246,11 @@ def test_commit_of_longer_instruction_fills_its_rest_with_int3() -> None:
     assert driver.read(site + 5, 1) == INT3
     driver.undo(txn)
     assert driver.read(site, 6) == NOP5 + b"\xc3"
+
+
+def test_kernel_without_orc_is_told_so_when_it_is_to_be_woven() -> None:
+    kernel = make_kernel()
+    kernel.has_orc = False
+    driver = Driver(kernel.open().call)
+    with pytest.raises(UnsupportedError, match="cannot be woven: it has no ORC"):
+        driver.weave(driver.area(0), generation("kernweave_1"))

@@ -41,6 +41,7 @@ def booted(
     *,
     kernel: str = "6.1",
     smp: int = 2,
+    memory_mib: int = 1024,
     kernel_args: Sequence[str] = (),
     loud: bool = False,
 ) -> Iterator[Lab]:
@@ -52,7 +53,9 @@ def booted(
     try:
         try:
             kmod = driver_kmod(lab.series, print)
-            lab.up(kmod=kmod, progress=print, smp=smp, kernel_args=kernel_args)
+            lab.up(
+                kmod=kmod, progress=print, smp=smp, memory_mib=memory_mib, kernel_args=kernel_args
+            )
         except UnsupportedError as error:
             if wanted == "1":
                 raise

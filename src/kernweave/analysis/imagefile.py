@@ -107,6 +107,7 @@ def sites_of_file(kernel: KernelFile, symbols: Symbols, tables: Tables) -> Sites
         thunks=special.thunks,
         static_text=special.static_text,
         other_modes=special.other_modes,
+        tracer_calls=special.tracer_calls,
     )
 
 

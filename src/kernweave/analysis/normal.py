@@ -86,7 +86,8 @@ def _patched(count: int, base: int, decoded: Decoded, sites: Sites, absolute: Ro
     Wide immediates are among them, but for addresses in the image: what they hold is data, and at
     each boot another one where the kernel writes where its tables are (runtime constants).
     """
-    tables = np.concatenate((sites.ftrace, sites.jump_labels, sites.static_calls))
+    calls = sites.static_calls, sites.tracer_calls
+    tables = np.concatenate((sites.ftrace, sites.jump_labels, *calls))
     spread = (tables[:, None] + np.arange(_PATCH_BYTES, dtype=np.uint64)).ravel()
     locks = decoded.addr[(decoded.trait & Trait.LOCK) != 0]
     wide = np.flatnonzero(decoded.imm_size == _WIDE)

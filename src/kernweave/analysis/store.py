@@ -23,7 +23,7 @@ from kernweave.analysis.normal import Print, differing
 from kernweave.model.table import Column, columns, load_tables, save_tables
 from kernweave.model.tables import Blocks, Edges, Functions, Instructions
 
-SCHEMA = 11  # of the folders; one more whenever the analysis finds something else
+SCHEMA = 12  # of the folders; one more whenever the analysis finds something else
 MAX_TEXTS = 6  # per build id; the oldest goes
 _OURS = f"{SCHEMA}-*"  # another version's folders are left alone, so that two can take turns
 _STORED = "[!.]*"  # a name with a dot is being written

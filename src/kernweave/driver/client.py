@@ -146,6 +146,15 @@ class BusyError(DriverError):
         self.pid = pid
 
 
+def no_orc(release: str) -> UnsupportedError:
+    """Why a kernel cannot be woven: nobody could be sent back out of its clones."""
+    return UnsupportedError(
+        f"kernel {release} cannot be woven: it has no ORC unwinder (CONFIG_UNWINDER_ORC), "
+        "by which return addresses into clones are found",
+        help="count with --engine splice",
+    )
+
+
 def _text(value: bytes) -> str:
     return value.split(b"\0", 1)[0].decode(errors="replace")
 
@@ -356,6 +365,7 @@ class Driver:
 
         Raises:
             DriverError: ENOENT without such a kmod, EINVAL for rows that do not fit it.
+            UnsupportedError: the kernel has no unwinder that tells where return addresses are.
         """
         parts = generation.entries, generation.parts, generation.mirrors
         places = generation.returns, generation.insns
@@ -367,7 +377,12 @@ class Driver:
             kmod=generation.kmod.encode(),
             **{name: len(rows) for name, rows in zip(names, (*parts, *places), strict=True)},
         )
-        self._call(Op.WEAVE, head + b"".join(rows.tobytes() for rows in (*parts, *places)))
+        try:
+            self._call(Op.WEAVE, head + b"".join(rows.tobytes() for rows in (*parts, *places)))
+        except DriverError as error:
+            if error.errno != errno.EOPNOTSUPP:
+                raise
+            raise no_orc(self.facts.release) from error
 
     def move(self, area: Area, side: Side) -> Moved:
         """Move tasks that sleep between clones and native code; stops the machine.

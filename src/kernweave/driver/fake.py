@@ -77,6 +77,7 @@ class FakeKernel:
         areas: executable memory of all sessions.
         text: transactions of all sessions and the log of text writes.
         writer: the session that may change text, if there is one.
+        has_orc: whether it has the unwinder that clones need.
     """
 
     def __init__(
@@ -104,6 +105,7 @@ class FakeKernel:
         places = (self._kmod_at, self._has_kprobe)
         self.text = Text(self.memory, self.text_range, self.areas, *places)
         self.writer: FakeSession | None = None
+        self.has_orc = True
         self.pinned: list[FakeTxn] = []
 
     def open(self) -> FakeSession:
@@ -332,6 +334,7 @@ class FakeSession:
 
     def _weave(self, payload: bytes, out: Out) -> None:
         """Refuse: no kmod of a fake kernel has code, and so none has clones."""
+        refuse_if(not self._kernel.has_orc, errno.EOPNOTSUPP)
         head = np.frombuffer(payload[: uapi.WEAVE.itemsize], uapi.WEAVE)[0]
         refuse_if(self._area(int(head["area"])).size > 0, errno.EPERM)
         raise RefusalError(errno.ENOENT)

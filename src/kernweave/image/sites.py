@@ -33,6 +33,9 @@ RETURN_THUNKS = (
 #: functions that begin in 32-bit mode
 OTHER_MODES = ("pvh_start_xen",)
 
+#: calls that ftrace rewrites whenever the tracer is another one
+TRACER_CALLS = ("ftrace_call", "ftrace_regs_call")
+
 #: (symbol of the first row, symbol after the last row), both of the kernel image
 TABLES = {
     "jump_labels": ("__start___jump_table", "__stop___jump_table"),
@@ -94,6 +97,7 @@ class Sites:
         thunks: [start, end): a jump or call into it is an indirect one.
         static_text: [start, end) of each stretch of static-call trampolines.
         other_modes: [start, end) of each function that is not 64-bit code.
+        tracer_calls: address of each call to a tracer, in ftrace's own code.
     """
 
     ranges: tuple[Ranges, ...] = ()
@@ -111,6 +115,7 @@ class Sites:
     thunks: tuple[int, int] = (0, 0)
     static_text: tuple[tuple[int, int], ...] = ()
     other_modes: tuple[tuple[int, int], ...] = ()
+    tracer_calls: Addrs = field(default_factory=lambda: _NONE)
 
 
 def make_ranges(reason: Reason, starts: Addrs, ends: Addrs, traps: bool = False) -> Ranges:
@@ -147,6 +152,7 @@ class SpecialText:
     thunks: tuple[int, int] = (0, 0)
     static_text: tuple[tuple[int, int], ...] = ()
     other_modes: tuple[tuple[int, int], ...] = ()
+    tracer_calls: Addrs = field(default_factory=lambda: _NONE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +211,7 @@ def read_sites(
         thunks=special.thunks,
         static_text=special.static_text,
         other_modes=special.other_modes,
+        tracer_calls=special.tracer_calls,
     )
 
 

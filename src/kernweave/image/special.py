@@ -16,6 +16,7 @@ from kernweave.image.sites import (
     OTHER_MODES,
     RETURN_THUNKS,
     TEXT_RANGES,
+    TRACER_CALLS,
     Ranges,
     SpecialText,
     make_ranges,
@@ -43,6 +44,7 @@ def special_text(symbols: Symbols, lookup: Lookup) -> SpecialText:
         _thunks(symbols, lookup),
         ((static[0], static[1]),),
         tuple(_bounds(symbols, _named(symbols, OTHER_MODES))),
+        np.array(_named(symbols, TRACER_CALLS), np.uint64),
     )
 
 

@@ -77,6 +77,7 @@ class Analysis:
         self._view = view
         self._folder = cache / "analysis" / view.build_id if view.build_id else None
         self._progress = progress
+        self._image: KernelImage | None = None
 
     def live(self, code: Code) -> U32:
         """uint32[n]: what is live before each instruction of some functions.
@@ -131,10 +132,14 @@ class Analysis:
         row = np.searchsorted(functions.addr, table.addr, side="right") - 1
         return select(table, ~image.changed[row])
 
-    @cached_property
+    @property
     def kernel(self) -> KernelImage:
         """The kernel's own text."""
-        text, base = self._text()
+        if self._image is None:
+            self._image = self._find(*self._text())
+        return self._image
+
+    def _find(self, text: bytes, base: int) -> KernelImage:
         known = find(self._folder, text, base, _MOST_DIFFERING) if self._folder else None
         if known is not None:
             changed = functions_at(known.tables, known.differs, base)
@@ -163,10 +168,17 @@ class Analysis:
 
         `KernelView.is_current` does not tell whether it still is: `Weaver.enter` does.
         """
-        image = self.kernel
         text, base = self._text(watched=False)
-        changed = image.changed_in(text, base)
-        return make_source(image.tables, text, base, self._view.sites, changed)
+        changed = self.kernel.changed_in(text, base)
+        if _matters(self.kernel.tables, changed):
+            changed = self._renew(text, base).changed
+        return make_source(self.kernel.tables, text, base, self._view.sites, changed)
+
+    def _renew(self, text: bytes, base: int) -> KernelImage:
+        """The tables of the text as it is now, from here on."""
+        self._image = self._analyse(text, base)
+        self.__dict__.pop("_stretches", None)
+        return self._image
 
     @cached_property
     def btf(self) -> Btf | None:
@@ -187,7 +199,7 @@ class Analysis:
         """
         image = self.kernel
         if image.changed.any():
-            image = self._analyse(*self._text())
+            image = self._renew(*self._text())
         return join([image.tables, *(self._kmod(one) for one in self._view.images[1:])])
 
     def _kmod(self, image: Symbols) -> KernelTables:

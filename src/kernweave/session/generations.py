@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy.typing as npt
 
 from kernweave.driver import uapi
 from kernweave.driver.client import Area, Chunk, Driver, Generation, Moved
+from kernweave.driver.records import PAYLOAD_MAX
 from kernweave.driver.uapi import Side
 from kernweave.errors import DriverError
 from kernweave.image.symbols import Symbols
@@ -25,7 +27,7 @@ from kernweave.weave.clonemap import make_entries
 from kernweave.weave.counters import Counters
 from kernweave.weave.generation import Template, Woven, make_generation
 from kernweave.weave.handover import make_handover
-from kernweave.weave.layout import lay_out
+from kernweave.weave.layout import Layout, lay_out
 from kernweave.weave.mapfile import claim_name, make_names, save_names
 from kernweave.weave.scope import Scope
 from kernweave.weave.source import I32, Source
@@ -84,7 +86,8 @@ class Live:
         """Translate, load and hand over.
 
         Raises:
-            DriverError: the kernel or the driver refuses.
+            DriverError: the kernel or the driver refuses; ENOMEM, if there is no room.
+            UnsupportedError: the kernel has no ORC unwinder.
         """
         driver = kernel.driver
         self._kernel = kernel
@@ -92,22 +95,29 @@ class Live:
         self.outside = 0  # tasks that may have stayed in native code at `enter`
         self.area = driver.area(0)
         try:
-            self._load(source, scope, counters)
+            layout = lay_out(source, scope, counters)
+            with _room_for(layout):
+                self._load(source, scope, layout)
         except BaseException:
             driver.free(self.area)
             raise
 
-    def _load(self, source: Source, scope: Scope, counters: Counters) -> None:
+    def _load(self, source: Source, scope: Scope, layout: Layout) -> None:
         kernel, driver = self._kernel, self._kernel.driver
-        self.chunks = _chunks(driver, self.area, len(counters.insn))
-        offsets = _offsets(self.chunks, len(counters.insn))
-        layout = lay_out(source, scope, counters)
+        counters = len(layout.counters.insn)
+        self.chunks = _chunks(driver, self.area, counters)
+        offsets = _offsets(self.chunks, counters)
         name_at = kernel.symbols.name_at
         names = [name_at.get(addr, f"{addr:x}") for addr in source.tables.functions.addr.tolist()]
         self.woven = Woven(source, scope, layout, offsets, names, kernel.tables)
         self.kmod = claim_name(kernel.folder, set(_kmods(driver)))
         save_names(kernel.folder, self.kmod, make_names(self.woven))
-        kernel.link.load_kmod(make_generation(self.woven, kernel.template, self.kmod))
+        file = make_generation(self.woven, kernel.template, self.kmod)
+        if len(file) > PAYLOAD_MAX:
+            raise DriverError(
+                f"a kmod of {len(file):,} bytes, {PAYLOAD_MAX:,} can be loaded", errno.EMSGSIZE
+            )
+        kernel.link.load_kmod(file)
         try:
             self.base = _text_of(driver, self.kmod)
             driver.weave(self.area, self.handover)
@@ -199,6 +209,24 @@ class Live:
 
 def _is_late(deadline: float, stops: tuple[Moved, ...]) -> bool:
     return time.monotonic() > deadline and len(stops) >= _LEAST_STOPS
+
+
+@contextmanager
+def _room_for(layout: Layout) -> Iterator[None]:
+    """Say what is needed if there is no room for it."""
+    try:
+        yield
+    except DriverError as error:
+        if error.errno not in (errno.ENOMEM, errno.EMSGSIZE):
+            raise
+        counters = _COUNTER_BYTES * len(layout.counters.insn)
+        raise DriverError(
+            f"no room for clones: {layout.total:,} bytes of code with its tables, "
+            f"{counters:,} bytes of counters per CPU",
+            error.errno,
+            notes=[error.message],
+            help="count fewer points at a time",
+        ) from error
 
 
 def _chunks(driver: Driver, area: Area, counters: int) -> tuple[Chunk, ...]:

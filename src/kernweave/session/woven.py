@@ -11,7 +11,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from kernweave.driver.client import CommitError, Driver, Rows
+from kernweave.driver.client import CommitError, Driver, Rows, no_orc
 from kernweave.driver.uapi import Fact
 from kernweave.errors import Reason
 from kernweave.image.tables import find_spans, read_tables
@@ -165,6 +165,8 @@ class Weaver:
     @cached_property
     def _kernel(self) -> Kernel:
         spans = find_spans(self._driver.lookup, live=True)
+        if not {"orc_ips", "orc_entries"} <= spans.keys():
+            raise no_orc(self._driver.facts.release)
         return Kernel(
             self._driver,
             self._link,

@@ -2,13 +2,16 @@
 /*
  * Functions of a kmod that are called once per write to a parameter: `work` runs them, `key` and
  * `call` flip a static key and change a static call inside them; `warn` warns, `bug` ends the task
- * that writes, `oddity` has the kernel itself warn, and `vanish` runs an int3 that is none any more when it is looked at.
+ * that writes, `oddity` has the kernel itself warn, and `vanish` runs an int3 that is none any more
+ * when it is looked at; `scribble` takes an address of kernel text and flips a bit there.
  */
 #include <linux/bug.h>
 #include <linux/jump_label.h>
-#include <linux/kobject.h>
+#include <linux/mm.h>
 #include <linux/module.h>
 #include <linux/static_call.h>
+#include <linux/vmalloc.h>
+#include <linux/workqueue.h>
 
 static ulong plain, keyed, first, second, warned, gone; /* what was really called, seen from inside */
 module_param(plain, ulong, 0444);
@@ -70,12 +73,12 @@ static int set_bug(const char *text, const struct kernel_param *kp)
 	return 0;
 }
 
-/* kobject_get() warns of what was never initialised, each time. */
+/* flush_work() warns of what was never initialised, each time. */
 static int set_oddity(const char *text, const struct kernel_param *kp)
 {
-	static struct kobject never;
+	static struct work_struct never;
 
-	kobject_get(&never);
+	flush_work(&never);
 	return 0;
 }
 
@@ -105,11 +108,30 @@ static int set_gone(const char *text, const struct kernel_param *kp)
 	return 0;
 }
 
+/* Behind everybody's back: through another mapping, without the lock. */
+static int set_scribble(const char *text, const struct kernel_param *kp)
+{
+	unsigned long addr;
+	struct page *page;
+	u8 *alias;
+
+	if (kstrtoul(text, 0, &addr))
+		return -EINVAL;
+	page = pfn_to_page(__pa_symbol(addr) >> PAGE_SHIFT);
+	alias = vmap(&page, 1, VM_MAP, PAGE_KERNEL);
+	if (!alias)
+		return -ENOMEM;
+	alias[offset_in_page(addr)] ^= 1;
+	vunmap(alias);
+	return 0;
+}
+
 static const struct kernel_param_ops work_ops = { .set = set_work };
 static const struct kernel_param_ops warn_ops = { .set = set_warn };
 static const struct kernel_param_ops bug_ops = { .set = set_bug };
 static const struct kernel_param_ops vanish_ops = { .set = set_gone };
 static const struct kernel_param_ops oddity_ops = { .set = set_oddity };
+static const struct kernel_param_ops scribble_ops = { .set = set_scribble };
 static const struct kernel_param_ops key_ops = { .set = set_key };
 static const struct kernel_param_ops call_ops = { .set = set_call };
 module_param_cb(work, &work_ops, NULL, 0200);
@@ -117,6 +139,7 @@ module_param_cb(warn, &warn_ops, NULL, 0200);
 module_param_cb(bug, &bug_ops, NULL, 0200);
 module_param_cb(vanish, &vanish_ops, NULL, 0200);
 module_param_cb(oddity, &oddity_ops, NULL, 0200);
+module_param_cb(scribble, &scribble_ops, NULL, 0200);
 module_param_cb(key, &key_ops, NULL, 0200);
 module_param_cb(call, &call_ops, NULL, 0200);
 
