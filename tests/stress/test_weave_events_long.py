@@ -10,4 +10,4 @@ from weave_events import events_while_scopes_come_and_go
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("series", ["6.1", "6.12"])
 def test_10000_faults_warnings_and_stacks_while_scopes_come_and_go(series: str) -> None:
-    events_while_scopes_come_and_go(series, number=10_000, rounds=100)
+    events_while_scopes_come_and_go(series, number=10_000, rounds=50)

@@ -53,7 +53,7 @@ EVERYTHING = "vmlinux:*@blocks"
 STAGES = ("after:area:1", "after:percpu:1", "before:load_kmod:1", "after:load_kmod:1",
           "after:weave:1", "after:commit:1", "after:move:1", "after:undo:1", "after:quiesce:1",
           "after:move:2", "after:free:1", "after:forget:1", "after:unload_kmod:1")  # fmt: skip
-MEMORY_MIB = 2560  # more than there can be of code
+MEMORY_MIB = 1792  # more than there can be of code, which is 1 GiB under KASLR
 BLOCK = 16 << 20
 #: of the memory that the tests themselves take away
 EXPECTED = r"vmalloc|Call Trace|page allocation failure"
