@@ -178,7 +178,7 @@ class Live:
         if self._entered is not None:
             stuck = driver.undo(self._entered).stuck_addrs
             closed = closed | (driver.states(self._entered) == uapi.State.EVICTED)
-        if stuck:
+        if stuck or self._entered is None:
             return Left(stops, 0, closed, stuck)
         deadline = time.monotonic() + _LEAVE_S
         looks = 0
