@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +12,17 @@ import numpy.typing as npt
 import pytest
 from guest import booted, shell, target
 from weaving import Mask, draw, load, prepared
+from woven_edges import edge_differences
 
 import kernweave
 from kernweave.session.generations import Live
 from kernweave.session.session import Session
 from kernweave.weave.clonemap import CloneMap, make_map
 from kernweave.weave.counters import (
+    Place,
     select_blocks,
     select_calls,
+    select_edges,
     select_insns,
     select_loads,
     select_returns,
@@ -30,7 +34,15 @@ from oracle.oracle import Counts
 
 SEED = 20261122
 FUNCTIONS = 2000
-SELECTS = (select_blocks, select_insns, select_calls, select_loads, select_stores, select_returns)
+SELECTS = (
+    select_blocks,
+    select_edges,
+    select_insns,
+    select_calls,
+    select_loads,
+    select_stores,
+    select_returns,
+)
 FAULT_ENTRIES = ("asm_exc_page_fault", "asm_exc_general_protection")
 REPEATS, STRINGS = (0xF2, 0xF3), (0xA4, 0xA5, 0xAA, 0xAB, 0x48)
 
@@ -100,7 +112,12 @@ def _count(machine: OracleLab, k: Session) -> list[str]:
     live.free()
     rows = machine.oracle.unwatch()
     restarts = dict(zip(rows["vaddr"].tolist(), rows["restarts"].tolist(), strict=True))
-    return _outside(live, meanwhile) + _differences(live, executed, hits, restarts)
+    interrupted = moved.places + sum(stop.places for stop in left.stops)
+    return [
+        *_outside(live, meanwhile),
+        *_differences(live, executed, hits, restarts),
+        *edge_differences(live, _executions(live, executed, restarts), hits, interrupted),
+    ]
 
 
 def _functions_that_run(k: Session, command: list[str]) -> Mask:
@@ -144,6 +161,7 @@ def _differences(
     seen = executed.at(clone).astype(np.int64) - again
     block = source.tables.instructions.block
     copied = (clone != 0) & (block[insn] == block[counters.insn])
+    copied &= counters.place == Place.BEFORE
     wrong = copied & (hits != seen)
     row = {
         "functions": int(live.woven.scope.woven.sum()),
@@ -158,6 +176,20 @@ def _differences(
         f"{_name(live, int(native[at]))}: {hits[at]} hits, {seen[at]} executions"
         for at in np.flatnonzero(wrong).tolist()
     ]
+
+
+def _executions(
+    live: Live, executed: Counts, restarts: dict[int, int]
+) -> Callable[[npt.NDArray[np.int64]], npt.NDArray[np.int64]]:
+    """How often the copies of some instructions were executed, -1 without a copy."""
+    addrs, clones = live.woven.source.tables.instructions.addr, _map(live)
+
+    def count(insns: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        clone = clones.clones_of(addrs[insns])
+        again = np.array([restarts.get(addr, 0) for addr in clone.tolist()], np.int64)
+        return np.where(clone != 0, executed.at(clone).astype(np.int64) - again, -1)
+
+    return count
 
 
 def _outside(live: Live, executed: Counts) -> list[str]:

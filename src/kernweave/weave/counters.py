@@ -146,6 +146,13 @@ def select_stores(source: Source, scope: Scope) -> tuple[Rows, U8]:
 
 def select_edges(source: Source, scope: Scope) -> tuple[Rows, U8]:
     """Edges inside functions, those of faults apart."""
+    edges, rows = source.tables.edges, edges_inside(source, scope)
+    insn = edges.insn[rows].astype(np.int64)
+    return insn, places_of(edges.kind[rows], source.tables.instructions.flow[insn])
+
+
+def edges_inside(source: Source, scope: Scope) -> Rows:
+    """int64[e]: rows of the edges inside woven functions, those of faults apart."""
     tables = source.tables
     edges, parent = tables.edges, tables.functions.parent
     kinds = np.isin(edges.kind, (EdgeKind.FALL, EdgeKind.TAKEN, EdgeKind.LABEL))
@@ -153,9 +160,7 @@ def select_edges(source: Source, scope: Scope) -> tuple[Rows, U8]:
         kinds & (edges.target >= 0) & scope.woven[tables.blocks.function[edges.source]]
     )
     home = parent[tables.blocks.function]
-    rows = rows[home[edges.source[rows]] == home[edges.target[rows]]]
-    insn = edges.insn[rows].astype(np.int64)
-    return insn, places_of(edges.kind[rows], tables.instructions.flow[insn])
+    return np.asarray(rows[home[edges.source[rows]] == home[edges.target[rows]]])
 
 
 def places_of(kind: U8, flow: U8) -> U8:
