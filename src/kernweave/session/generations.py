@@ -34,7 +34,8 @@ from kernweave.weave.source import I32, Source
 
 _CHUNK = uapi.MAX_PERCPU
 _COUNTER_BYTES = 8
-_LEAVE_S = 2.0
+_LEAVE_S = 2.0  # to wait for who is inside; for what was moved as long as it takes
+_LEAST_STOPS = 3  # where a grace period alone takes that long
 _NOP5 = np.frombuffer(bytes.fromhex("0f1f440000"), np.uint8)
 _JUMP = 0xE9
 
@@ -66,7 +67,7 @@ class Left:
 
     Attributes:
         stops: what each stop of the machine did.
-        visitors: tasks that are in clones still, or were a moment ago.
+        visitors: tasks that are in clones still.
         closed: bool[e], entries that somebody else's patch took before.
         stuck: addresses that could not be restored.
     """
@@ -175,9 +176,10 @@ class Live:
         while True:
             driver.quiesce()  # again after each move: who was moved may know the place it had
             stops += (driver.move(self.area, Side.NATIVE),)
-            inside = stops[-1].visitors + stops[-1].places
-            if not inside or time.monotonic() > deadline:
-                return Left(stops, inside, closed, stuck)
+            visitors, places = stops[-1].visitors, stops[-1].places
+            waited = len(stops) >= _LEAST_STOPS and time.monotonic() > deadline
+            if not places and (not visitors or waited):
+                return Left(stops, visitors, closed, stuck)
 
     def free(self) -> None:
         """Free everything; nobody is in a clone.
