@@ -108,7 +108,7 @@ def events_while_scopes_come_and_go(series: str, number: int, rounds: int) -> No
             with k.weave(*POINTS, partial=True) as woven:
                 _follow(runner, output)
                 places |= _places_of_warnings(link)
-            assert woven.text_restored and woven.in_flight == 0
+            assert woven.text_restored and woven.in_flight == 0, woven._left
             seen.add(k, woven, native)
         told = _finish(runner, output, first)
         print(seen, f"{told.turns} turns, {len(told.stacks)} different stacks")

@@ -34,9 +34,9 @@ from kernweave.weave.source import I32, Source
 
 _CHUNK = uapi.MAX_PERCPU
 _COUNTER_BYTES = 8
-_LEAVE_S = 2.0
+_LEAVE_S = 2.0  # to wait for who is inside; for what was moved as long as it takes
 _LOOKS = 2  # that must find nobody, before the driver lets go
-_LEAST_STOPS = 5  # before who is inside is left there: a grace period may take long
+_LEAST_STOPS = 5  # where a grace period alone takes that long
 _NOP5 = np.frombuffer(bytes.fromhex("0f1f440000"), np.uint8)
 _JUMP = 0xE9
 
@@ -68,7 +68,7 @@ class Left:
 
     Attributes:
         stops: what each stop of the machine did.
-        visitors: tasks that are in clones still, or were a moment ago.
+        visitors: tasks that are in clones still.
         closed: bool[e], entries that somebody else's patch took before.
         stuck: addresses that could not be restored.
     """
@@ -181,14 +181,15 @@ class Live:
         if stuck or self._entered is None:
             return Left(stops, 0, closed, stuck)
         deadline = time.monotonic() + _LEAVE_S
-        looks = 0
-        while looks < _LOOKS and (looks or not _is_late(deadline, stops)):
+        looks, late = 0, False
+        while looks < _LOOKS and not late:
             driver.quiesce()  # again after each move: who was moved may know the place it had
-            stops += (driver.move(self.area, Side.NATIVE),)
-            inside = stops[-1].visitors + stops[-1].places
-            looks = 0 if inside else looks + 1
+            now = driver.move(self.area, Side.NATIVE)
+            stops += (now,)
+            looks = 0 if now.visitors or now.places else looks + 1
+            late = _is_late(deadline, stops) and now.visitors > 0 and not now.places
         driver.quiesce()
-        return Left(stops, inside, closed, stuck)
+        return Left(stops, stops[-1].visitors, closed, stuck)
 
     def free(self) -> None:
         """Free everything; nobody is in a clone.
