@@ -171,12 +171,12 @@ class Analysis:
         text, base = self._text(watched=False)
         changed = self.kernel.changed_in(text, base)
         if _matters(self.kernel.tables, changed):
-            changed = self._renew(text, base).changed
+            changed = self.renew().changed_in(text, base)
         return make_source(self.kernel.tables, text, base, self._view.sites, changed)
 
-    def _renew(self, text: bytes, base: int) -> KernelImage:
+    def renew(self) -> KernelImage:
         """The tables of the text as it is now, from here on."""
-        self._image = self._analyse(text, base)
+        self._image = self._analyse(*self._text(watched=False))
         self.__dict__.pop("_stretches", None)
         return self._image
 
@@ -199,7 +199,7 @@ class Analysis:
         """
         image = self.kernel
         if image.changed.any():
-            image = self._renew(*self._text())
+            image = self.renew()
         return join([image.tables, *(self._kmod(one) for one in self._view.images[1:])])
 
     def _kmod(self, image: Symbols) -> KernelTables:

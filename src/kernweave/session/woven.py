@@ -74,6 +74,15 @@ class Clonable:
         """bool[m]: which points can be counted."""
         return self.counter >= 0
 
+    @property
+    def changed(self) -> bool:
+        """Whether any function concerned is another one than was analysed."""
+        functions = self.source.tables.functions
+        insn = self.insn[self.insn >= 0]
+        asked = functions.parent[self.source.tables.instructions.function[insn]]
+        changed = functions.parent[np.flatnonzero(self.source.changed)]
+        return bool(np.isin(asked, changed).any())
+
     @cached_property
     def complete(self) -> npt.NDArray[np.bool_]:
         """bool[m]: which points are counted whenever control arrives there."""
@@ -143,7 +152,14 @@ class Weaver:
         unload_left(self._driver, self._link.unload_kmod)
 
     def find(self, resolved: Resolved) -> Clonable:
-        """What can be counted; the view is fresh."""
+        """What can be counted; the view is fresh.
+
+        A function that is asked for and has been changed is analysed anew.
+        """
+        found = find_clonable(resolved, self._analysis.source(), self.rules)
+        if not found.changed:
+            return found
+        self._analysis.renew()
         return find_clonable(resolved, self._analysis.source(), self.rules)
 
     @property
