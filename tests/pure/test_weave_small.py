@@ -304,6 +304,26 @@ def test_counter_of_an_endbr64_is_behind_it() -> None:
     assert woven.layout.snippets.at.tolist() == [9]
 
 
+def test_counter_of_the_first_instruction_is_behind_the_slot_and_loops_lead_to_the_slot() -> None:
+    woven = weave(source_of((NOP5, MOVE, jmp(at(0)))), CACHE, select_blocks)
+    entries = make_entries(woven.source, woven.layout, CACHE)
+    assert (entries.slot.tolist(), entries.clone.tolist()) == ([CACHE], [CACHE + 5])
+    assert woven.layout.snippets.at.tolist() == [5]
+    clone = int(woven.map.clones_of(addrs(at(0) + 8))[0])
+    loop = iced.Decoder(64, clone_of(woven, at(0) + 8), ip=clone).decode()
+    assert loop.near_branch_target == CACHE
+
+
+def test_entry_instruction_of_another_size_than_a_slot_is_not_woven() -> None:
+    source = source_of((NOP5, MOVE, RET), (NOP5, RET))
+    lengths = source.tables.instructions.length.copy()
+    lengths[0] = 4
+    rows = replace(source.tables.instructions, length=lengths)
+    tables = replace(source.tables, instructions=rows)
+    scope = find_scope(replace(source, tables=tables))
+    assert scope.function.tolist() == [Why.ENTRY_BLOCK, Why.WOVEN]
+
+
 def test_nothing_comes_between_sti_and_its_shadow() -> None:
     source = source_of((NOP5, STI, HLT, MOVE, RET))
     woven = weave(source, CACHE, select_insns)
