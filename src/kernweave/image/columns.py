@@ -94,12 +94,14 @@ class Bugs:
         flags: uint16[n], BUG_*; the taint in the upper byte.
         file: uint64[n], address of the file's name, 0 where the kernel does not keep it.
         line: uint16[n], 0 where the kernel does not keep it.
+        text: uint64[n], address of what a warning says, 0 where the kernel does not keep it.
     """
 
     addr: Addrs
     flags: npt.NDArray[np.uint16]
     file: Addrs
     line: npt.NDArray[np.uint16]
+    text: Addrs
 
 
 @dataclass(frozen=True)
@@ -272,7 +274,9 @@ def decode_bugs(span: Span, size: int) -> Bugs:
     file, line = np.zeros(len(rows), np.uint64), np.zeros(len(rows), np.uint16)
     if size > 8:
         file, line = span.check(span.relative(rows, "file")), rows["line"].astype(np.uint16)
-    return Bugs(addr[order], rows["flags"].astype(np.uint16)[order], file[order], line[order])
+    text = span.check(span.relative(rows, "format")) if size > 12 else np.zeros_like(file)
+    flags = rows["flags"].astype(np.uint16)
+    return Bugs(addr[order], flags[order], file[order], line[order], text[order])
 
 
 def alternative_bytes(span: Span) -> int:

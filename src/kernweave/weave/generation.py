@@ -41,7 +41,12 @@ _MODULE_NAME_BYTES = 56
 _KEPT = (b"license=", b"vermagic=", b"retpoline=")
 
 _EXCEPTION = np.dtype([("addr", "<i4"), ("fixup", "<i4"), ("data", "<u4")])
-_BUG = np.dtype([("addr", "<i4"), ("file", "<i4"), ("line", "<u2"), ("flags", "<u2")])
+_BUG = {
+    size: np.dtype(
+        [("addr", "<i4"), *((name, "<i4") for name in names), ("line", "<u2"), ("flags", "<u2")]
+    )
+    for size, names in ((12, ("file",)), (16, ("text", "file")))
+}
 _ORC = np.dtype([("sp_offset", "<i2"), ("bp_offset", "<i2"), ("bits", "<u2")])
 
 
@@ -177,18 +182,18 @@ def _exceptions(woven: Woven, clones: CloneMap) -> Section:
 def _bugs(woven: Woven, clones: CloneMap) -> Section:
     native, total = woven.native.bugs, woven.layout.total
     found = bugs_of(woven.source, clones)
-    if len(found.row) and woven.native.layout.bug_bytes != _BUG.itemsize:
+    size = woven.native.layout.bug_bytes if len(found.row) else max(_BUG)
+    if size not in _BUG:
         raise UnsupportedError(
-            f"rows of {woven.native.layout.bug_bytes} bytes of the kernel's bug table are not "
-            f"written, only those of {_BUG.itemsize}"
+            f"rows of {size} bytes of the kernel's bug table are not written, only those of "
+            f"{' or '.join(map(str, _BUG))}"
         )
     row = np.searchsorted(native.addr, woven.source.sites.bugs[found.row])
-    rows = np.zeros(len(row), _BUG)
+    rows = np.zeros(len(row), _BUG[size])
     rows["line"], rows["flags"] = native.line[row], native.flags[row]
-    columns = (
-        _column(rows, "addr", found.addr, total),
-        _column(rows, "file", native.file[row], total),
-    )
+    leads = {"addr": found.addr, "file": native.file[row], "text": native.text[row]}
+    names = rows.dtype.names or ()
+    columns = [_column(rows, name, to, total) for name, to in leads.items() if name in names]
     return Section("__bug_table", rows.tobytes(), Flags.ALLOC | Flags.WRITE, 4, columns)
 
 
