@@ -149,6 +149,8 @@ def _copy_of(row: np.void, native: bytes) -> bytes:
         return (
             b"\xe9" + away.to_bytes(4, "little", signed=True) if native[0] in b"\xe9\xeb" else NOP5
         )
+    if native[0] == 0xC3:  # may be safe only where it is
+        return b"\xe9" + (int(row["native"]) - end).to_bytes(4, "little", signed=True)
     if native[0] not in b"\xe8\xe9":
         return native
     leads_to = int(row["native"]) + 5 + int.from_bytes(native[1:5], "little", signed=True)
