@@ -52,7 +52,7 @@ def main(lab: str, stage: str, *points: str) -> None:
         tactics = ("nop5", "jmp32") if len(points) > 100 else None
         if stage == "groups":
             tactics = ("group",)
-        hits = session.count(*points, partial=True, tactics=tactics)
+        hits = session.count(*points, partial=True, tactics=tactics, engine="splice")
         print("attached", flush=True)
         if stage in ("never", "groups"):
             sys.stdin.read()

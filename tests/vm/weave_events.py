@@ -20,7 +20,6 @@ from kernweave.lab.packages import fetch_kernel
 from kernweave.session.generations import Live
 from kernweave.session.session import Session
 from kernweave.session.woven import WovenCounts
-from kernweave.weave.clonemap import make_entries
 from stacks import SUFFIX, Frame, is_right, parse_stack
 
 ODDITY = "/sys/module/kw_subject/parameters/oddity"
@@ -129,8 +128,9 @@ def _check_stacks(told: Told, native: list[Frame], seen: Seen, number: int) -> N
 
 def _clones(k: Session, live: Live, native: list[Frame]) -> dict[Frame, Frame]:
     """What a stack has to show of each native frame whose function is woven."""
-    starts = make_entries(live.woven.source, live.woven.layout, live.base)
-    clone_of = dict(zip(starts.native.tolist(), starts.clone.tolist(), strict=True))
+    layout, addrs = live.woven.layout, live.woven.source.tables.instructions.addr
+    starts = layout.start[layout.slots.insn].astype(np.uint64) + np.uint64(live.base)
+    clone_of = dict(zip(addrs[layout.slots.insn].tolist(), starts.tolist(), strict=True))
     returns, base = live.handover.returns, live.handover.native_base
     return_of = dict(zip(returns["native"].tolist(), returns["clone"].tolist(), strict=True))
     found = {}

@@ -28,6 +28,7 @@ static u64 kw_quiesced;       /* areas stamped up to here are free of visitors; 
 static u64 kw_next_id = 1;
 
 #define KW_REAP_JIFFIES (HZ / 2)
+#define KW_MOST_LOOKS 5 /* in a row */
 
 static void kw_idle_pass(struct work_struct *work)
 {
@@ -157,10 +158,26 @@ void kw_area_retire(struct kw_code *code)
 		mod_delayed_work(system_wq, &kw_reaper, 0);
 }
 
-/* Free what can be freed by now. */
+static bool kw_clones_are_left(void)
+{
+	struct kw_code *code;
+	bool found = false;
+
+	mutex_lock(&kw_lock);
+	list_for_each_entry(code, &kw_retired, link)
+		found |= !!code->weaving;
+	mutex_unlock(&kw_lock);
+	return found;
+}
+
+/* Free what can be freed by now; clones need several looks. */
 void kw_areas_settle(void)
 {
-	flush_delayed_work(&kw_reaper);
+	int round = 0;
+
+	do {
+		flush_delayed_work(&kw_reaper);
+	} while (++round < KW_MOST_LOOKS && kw_clones_are_left());
 }
 
 /* Nothing that is held is left here. */
