@@ -19,7 +19,7 @@ from typing import Any, Self
 
 from kernweave.driver.client import BusyError, Driver
 from kernweave.driver.records import ExitStatus
-from kernweave.errors import DriverError, KernweaveError, UsageError
+from kernweave.errors import DriverError, KernweaveError, UnsupportedError, UsageError
 from kernweave.lab.cache import cache_dir
 from kernweave.model.plan import Tactic
 from kernweave.model.point import PointSpec, parse_point
@@ -433,7 +433,10 @@ class Session:
         first = decide_again()
         if not lacks_jump(first).any():
             return self._splice(decide_again, partial, clobber, first=first)
-        self.weaver.prepare()
+        try:
+            self.weaver.prepare()
+        except UnsupportedError:  # splicing is what remains
+            return self._splice(decide_again, partial, clobber, first=first)
         for _ in range(_TRIES):
             decision = decide_again()
             clonable = self.weaver.find(decision.resolved)

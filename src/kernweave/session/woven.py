@@ -147,7 +147,13 @@ class Weaver:
         self._driver_file = driver_file
 
     def prepare(self) -> None:
-        """Once, before anything is woven: what others patch is patched in clones as well."""
+        """Once, before anything is woven: what others patch is patched in clones as well.
+
+        Raises:
+            UnsupportedError: this kernel cannot be woven.
+        """
+        if not {"orc_ips", "orc_entries"} <= self._spans.keys():
+            raise no_orc(self._driver.facts.release)
         self._hooks.mirror()
         unload_left(self._driver, self._link.unload_kmod)
 
@@ -179,15 +185,17 @@ class Weaver:
         return Live(self._kernel, source, scope, counters)
 
     @cached_property
+    def _spans(self) -> dict[str, tuple[int, int]]:
+        """The kernel's tables."""
+        return find_spans(self._driver.lookup, live=True)
+
+    @cached_property
     def _kernel(self) -> Kernel:
-        spans = find_spans(self._driver.lookup, live=True)
-        if not {"orc_ips", "orc_entries"} <= spans.keys():
-            raise no_orc(self._driver.facts.release)
         return Kernel(
             self._driver,
             self._link,
             read_template(self._driver_file()),
-            read_tables(self._driver.read, spans, _EVERYTHING),
+            read_tables(self._driver.read, self._spans, _EVERYTHING),
             self._view.images[0],
             cache_dir() / "generations",
         )

@@ -18,13 +18,14 @@ from coexist.counting import CALLS, SUBJECT, call, count_all, refusals
 from coexist.others import ENTRY_USERS, PREEMPT, Kprobes, shell
 from kernweave.driver.link import Link
 from kernweave.driver.uapi import PatchedKind
-from kernweave.errors import Reason, RefusedError
+from kernweave.errors import Reason, RefusedError, UnsupportedError
 from kernweave.lab.build import build_kmod
 from kernweave.lab.cache import cache_dir
 from kernweave.lab.machine import Lab
 from kernweave.lab.packages import fetch_kernel
 from kernweave.session.generations import Live
 from kernweave.session.session import Session
+from kernweave.session.woven import Weaver
 from kernweave.weave.counters import select_blocks
 from kernweave.weave.mapfile import load_names, symbolize
 
@@ -58,6 +59,20 @@ def test_clones_count_what_splices_count(session: Session, link: Link) -> None:
     assert [row.hits for row in spliced.rows()] == [row.hits for row in woven.rows()]
     assert all(row.exact and row.engine == "weave" for row in woven.rows())
     assert woven.tactics() == {"clone": len(woven.placed)}
+
+
+def test_where_nothing_can_be_woven_the_rest_is_spliced(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Weaver) -> None:
+        raise UnsupportedError("not on this kernel")
+
+    monkeypatch.setattr(Weaver, "prepare", refuse)
+    with session.count(f"{SUBJECT}@edges", f"{SUBJECT}@insns", partial=True) as hits:
+        call(session)
+    assert {row.engine for row in hits.rows()} == {"splice"}
+    assert Reason.EDGE in {refused.reason for refused in hits.refused}
+    assert max(row.hits for row in hits.rows()) == CALLS
 
 
 @pytest.mark.parametrize("kind", ENTRY_USERS)
