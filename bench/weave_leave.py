@@ -8,6 +8,7 @@ account of it, kibibytes more than before. Writes results/weave_leave.json.
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,7 @@ def measure(session: Session) -> dict[str, Any]:
     session.weaver.prepare()
     rounds = [_round(session) for _ in range(1 + _ROUNDS)][1:]
     spent = {
-        name: estimate([row[name] for row in rounds], 3).__dict__
+        name: asdict(estimate([row[name] for row in rounds], 3))
         for name in ("weave_s", "leave_s", "stop_ms", "moved")
     }
     worst = {f"{name}_most": max(row[name] for row in rounds) for name in ("leave_s", "stop_ms")}
