@@ -199,7 +199,7 @@ struct kw_weave {
 struct kw_entry {
 	__u64 site;  /* ftrace's nop, where a jump to the clone goes */
 	__u64 clone; /* where that jump leads: behind the slot */
-	__u64 slot;  /* five bytes of nop in the clone: the copy of ftrace's */
+	__u64 slot;  /* five bytes of nop in the clone, the copy of ftrace's; ascending, too */
 	__u64 body;  /* where a jump in the slot leads: ftrace's nop */
 };
 

@@ -51,16 +51,23 @@ bool kw_weave_is_entry(const struct kw_code *code, u64 addr, u64 target)
 	return row >= 0 && w->entries[row].clone == target && !w->closed[row];
 }
 
+static bool kw_is_slot(const struct kw_weaving *w, u64 addr)
+{
+	return kw_is_clone(w, addr) && addr <= w->end - KW_JMP_LEN &&
+	       !memcmp((void *)addr, kw_nop5, KW_JMP_LEN);
+}
+
 static bool kw_are_entries(const struct kw_weaving *w)
 {
 	const struct kw_entry *e = w->entries;
 	u32 i;
 
-	for (i = 0; i < w->n.entries; i++)
-		if ((i && e[i].site <= e[i - 1].site) || !kw_is_clone(w, e[i].clone) ||
-		    !kw_is_clone(w, e[i].slot) || e[i].slot > w->end - KW_JMP_LEN ||
-		    memcmp((void *)e[i].slot, kw_nop5, KW_JMP_LEN))
+	for (i = 0; i < w->n.entries; i++) {
+		if (!kw_is_clone(w, e[i].clone) || !kw_is_slot(w, e[i].slot))
 			return false;
+		if (i && (e[i].site <= e[i - 1].site || e[i].slot < e[i - 1].slot + KW_JMP_LEN))
+			return false;
+	}
 	return true;
 }
 
@@ -342,21 +349,46 @@ static void kw_close_slot(struct kw_weaving *w, u32 row)
 	kw_write_clone(e->slot, jump, NULL);
 }
 
+/*
+ * Close the slots of the next entries at once; the row behind them.  Whoever hits an
+ * int3 meanwhile goes to native code, and finds the way there in `batch`.
+ */
+static u32 kw_close_batch(struct kw_weaving *w, u32 row)
+{
+	static struct kw_poke pokes[KW_BATCH]; /* all under text_mutex */
+	static u32 rows[KW_BATCH];
+	static struct kw_txn batch = { .pokes = pokes };
+	const struct kw_entry *e;
+	u32 n = 0;
+
+	lockdep_assert_held(kw_syms.text_mutex);
+	kw_syms.poke_sync(); /* nobody looks for the int3 of the batch before */
+	for (; row < w->n.entries && n < KW_BATCH; row++) {
+		e = &w->entries[row];
+		if (w->closed[row] == KW_CLOSED)
+			continue;
+		w->closed[row] = KW_CLOSED;
+		pokes[n] = (struct kw_poke){ .addr = e->slot, .len = KW_JMP_LEN };
+		memcpy(pokes[n].old, kw_nop5, KW_JMP_LEN);
+		kw_jump(pokes[n].new_, e->slot, e->body);
+		rows[n] = n;
+		n++;
+	}
+	batch.count = n;
+	kw_poke_rows(&batch, rows, n, false);
+	return row;
+}
+
 /* Close all slots of a generation that nothing native leads to any more. */
 void kw_weave_close(struct kw_code *code)
 {
 	struct kw_weaving *w = code->weaving;
-	u32 i = 0, n;
+	u32 row = 0;
 
 	w->looks = 0;
-	while (i < w->n.entries) {
+	while (row < w->n.entries) {
 		mutex_lock(kw_syms.text_mutex);
-		for (n = 0; i < w->n.entries && n < KW_BATCH; i++)
-			if (w->closed[i] != KW_CLOSED) {
-				kw_close_slot(w, i);
-				n++;
-			}
-		kw_flush_clones();
+		row = kw_close_batch(w, row);
 		mutex_unlock(kw_syms.text_mutex);
 		cond_resched();
 	}
