@@ -22,9 +22,10 @@ from kernweave.cli.output import (
 from kernweave.errors import UsageError
 from kernweave.model.plan import Tactic
 from kernweave.session.attach import overwrite_dead
+from kernweave.session.commands import Completed
 from kernweave.session.counts import Count, Counts
 from kernweave.session.engines import ENGINES
-from kernweave.session.session import Completed, Session
+from kernweave.session.session import Session
 from kernweave.session.woven import CLONE
 
 END_SCHEMA = "kernweave.end/1"

@@ -8,18 +8,15 @@ import contextlib
 import errno
 import os
 import signal
-import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Self
 
 from kernweave.driver.client import BusyError, Driver
-from kernweave.driver.records import ExitStatus
-from kernweave.errors import DriverError, KernweaveError, UnsupportedError, UsageError
+from kernweave.errors import DriverError, UnsupportedError, UsageError
 from kernweave.lab.cache import cache_dir
 from kernweave.model.plan import Tactic
 from kernweave.model.point import PointSpec, parse_point
@@ -37,6 +34,7 @@ from kernweave.session.attach import (
     rules_for,
 )
 from kernweave.session.attachment import Attachment
+from kernweave.session.commands import Commands, Completed, sleep
 from kernweave.session.counts import Counts
 from kernweave.session.engines import BothCounts, Joint, choose_woven, find_engine, lacks_jump
 from kernweave.session.hooks import Hooks
@@ -56,37 +54,9 @@ from kernweave.session.target import AnyLink, driver_file, open_link
 from kernweave.session.view import KernelView
 from kernweave.session.woven import CLONE, Clonable, Weaver, WovenCounts, poison_counters
 
-Sink = Callable[[bytes], None]
-
-_GRACE_S = 5.0
 _TRIES = 5
 _LEAVING_S = 60.0
 _TOO_FAST = "this kernel's text changes too fast to weave it"
-
-
-@dataclass(frozen=True, slots=True)
-class Completed:
-    """A command that has ended.
-
-    Attributes:
-        argv: as it was started.
-        exit: status, 128 + n after signal n.
-        signal: number of the signal that ended it, or None.
-        duration_ns: from start to end, on the target.
-        stdout: what it wrote, if that was captured.
-        stderr: the same for standard error.
-    """
-
-    argv: tuple[str, ...]
-    exit: int
-    signal: int | None
-    duration_ns: int
-    stdout: bytes = b""
-    stderr: bytes = b""
-
-
-class CommandError(KernweaveError):
-    """A command that `Session.run(check=True)` started did not end with status 0."""
 
 
 def _silent(line: str) -> None:
@@ -108,7 +78,7 @@ class Session:
         self._link = open_link(target, progress)
         self._attachments: list[Counts] = []
         self._progress = progress
-        self._fresh = True
+        self._commands = Commands(self._link)
         self._tables: Kernel | None = None
         try:
             self._driver = _open_driver(self._link, writer)
@@ -546,55 +516,13 @@ class Session:
         Raises:
             CommandError: `check`, and the status is not 0.
         """
-        kept: dict[str, list[bytes]] = {"stdout": [], "stderr": []}
-        sinks: dict[str, Sink] = (
-            {name: parts.append for name, parts in kept.items()}
-            if capture
-            else {"stdout": _passer("stdout"), "stderr": _passer("stderr")}
+        return self._commands.run(
+            argv, check=check, capture=capture, env=env, cwd=cwd, limit_s=limit_s
         )
-        # the host's files may have changed since an earlier session looked at them
-        fresh, self._fresh = self._fresh, False
-        self._link.exec_start(list(argv), env=env, cwd=cwd, fresh=fresh)
-        status = self._follow(sinks, limit_s)
-        done = Completed(
-            tuple(argv),
-            status.exit,
-            status.signal or None,
-            status.duration_ns,
-            b"".join(kept["stdout"]),
-            b"".join(kept["stderr"]),
-        )
-        if check and done.exit:
-            raise CommandError(f"{argv[0]} ended with status {done.exit}")
-        return done
-
-    def _follow(self, sinks: Mapping[str, Sink], limit_s: float | None) -> ExitStatus:
-        """Hand output on until the command ends; an interrupt goes to the command."""
-        pending = [signal.SIGTERM, signal.SIGKILL] if limit_s is not None else []
-        wait = limit_s
-        while True:
-            try:
-                for kind, data in self._link.exec_events(wait):
-                    if isinstance(data, ExitStatus):
-                        return data
-                    sinks[kind](data)
-            except TimeoutError:
-                if not pending:
-                    raise
-                self._link.signal(pending.pop(0))
-                wait = _GRACE_S
-            except KeyboardInterrupt:
-                self._link.signal(signal.SIGINT)
 
     def sleep(self, seconds: float | None) -> None:
         """Leave the counters in for so long, or until an interrupt; the latter is no error."""
-        deadline = None if seconds is None else time.monotonic() + seconds
-        try:
-            while deadline is None or time.monotonic() < deadline:
-                left = 1.0 if deadline is None else deadline - time.monotonic()
-                time.sleep(max(0.0, min(1.0, left)))
-        except KeyboardInterrupt:
-            pass
+        sleep(seconds)
 
 
 def _open_driver(link: AnyLink, writer: bool) -> Driver:
@@ -617,22 +545,6 @@ def _is_alive(pid: int) -> bool:
     except OSError:
         return True
     return True
-
-
-def _passer(name: str) -> Sink:
-    """Write bytes to a standard stream as they come."""
-
-    def write(data: bytes) -> None:
-        stream = getattr(sys, name)
-        raw = getattr(stream, "buffer", None)
-        if raw is None:  # a notebook's stream takes text only
-            stream.write(data.decode(errors="replace"))
-        else:
-            stream.flush()
-            raw.write(data)
-            raw.flush()
-
-    return write
 
 
 @contextlib.contextmanager
