@@ -109,42 +109,30 @@ def count(
     CMD follows `--`, runs on the target, and its exit status is passed on. Without CMD and
     --for, counting goes on until Ctrl-C.
     """  # noqa: D301
-    if seconds is not None and seconds <= 0:
-        raise UsageError(f"--for {seconds:g} is no time", help="give a number of seconds above 0")
-    if file is not None:
-        check_path(file)
-    if poison and obj["target"].partition(":")[0] != "lab":
-        raise UsageError(
-            f"--poison may crash the kernel: not on {obj['target']}",
-            help="use a lab: kernweave --target lab count ...",
-        )
+    _check(obj["target"], seconds, file, poison)
     tactics = _tactics(tactic, no_trap, engine)
     with connect(obj["target"], progress=progress) as session:
-        done = None
-        try:
-            clobber = overwrite_dead if poison else None
-            hits = session.count(
-                *points, engine=engine, partial=partial, tactics=tactics, clobber=clobber
-            )
-        except KeyboardInterrupt:  # once something is placed, an interrupt is the normal end
-            if not session.attachments:
-                raise
-            hits = session.attachments[-1]
-            hits.detach()
-        _warn_traps(hits)
-        with hits:
-            if hits.attached:
-                done = _wait(session, obj["command"], seconds)
+        hits = _attach(session, points, engine, partial, tactics, poison)
+        done = _watch(session, hits, obj["command"], seconds)
         report = _print_json if as_json else _print_human
         report(session, hits, done, every)
         if file is not None:
             write_rows(file, hits, end_row(session, hits, done))
-    if hits.unrestored:
-        print_error(
-            f"{len(hits.unrestored)} sites are armed by somebody else and stay for now",
-            help="they are restored by themselves when the other side leaves",
-        )
+    _print_unrestored(hits)
     return _status(done, hits)
+
+
+def _check(target: str, seconds: float | None, file: Path | None, poison: bool) -> None:
+    """Find wrong options before anything is connected."""
+    if seconds is not None and seconds <= 0:
+        raise UsageError(f"--for {seconds:g} is no time", help="give a number of seconds above 0")
+    if file is not None:
+        check_path(file)
+    if poison and target.partition(":")[0] != "lab":
+        raise UsageError(
+            f"--poison may crash the kernel: not on {target}",
+            help="use a lab: kernweave --target lab count ...",
+        )
 
 
 def _tactics(names: str | None, no_trap: bool, engine: str) -> list[str] | None:
@@ -158,6 +146,37 @@ def _tactics(names: str | None, no_trap: bool, engine: str) -> list[str] | None:
     return chosen or (jumps if engine == "splice" else [*jumps, CLONE])
 
 
+def _attach(
+    session: Session,
+    points: tuple[str, ...],
+    engine: str,
+    partial: bool,
+    tactics: list[str] | None,
+    poison: bool,
+) -> Counts:
+    """Put the counters in; interrupted, those that were placed, taken out again."""
+    clobber = overwrite_dead if poison else None
+    try:
+        return session.count(
+            *points, engine=engine, partial=partial, tactics=tactics, clobber=clobber
+        )
+    except KeyboardInterrupt:  # once something is placed, an interrupt is the normal end
+        if not session.attachments:
+            raise
+        hits = session.attachments[-1]
+        hits.detach()
+        return hits
+
+
+def _watch(
+    session: Session, hits: Counts, command: list[str] | None, seconds: float | None
+) -> Completed | None:
+    """Let the counters count, and take them out; the command that ran meanwhile, if any."""
+    _warn_traps(hits)
+    with hits:
+        return _wait(session, command, seconds) if hits.attached else None
+
+
 def _warn_traps(hits: Counts) -> None:
     """A slow tactic is never silent."""
     traps = hits.tactics().get(Tactic.INT3, 0)
@@ -168,17 +187,25 @@ def _warn_traps(hits: Counts) -> None:
         )
 
 
-def _status(done: Completed | None, hits: Counts) -> int:
-    if hits.unrestored:
-        return 125 if done else 1
-    return done.exit if done else 0
-
-
 def _wait(session: Session, command: list[str] | None, seconds: float | None) -> Completed | None:
     if command:
         return session.run(command, limit_s=seconds)
     session.sleep(seconds)
     return None
+
+
+def _print_unrestored(hits: Counts) -> None:
+    if hits.unrestored:
+        print_error(
+            f"{len(hits.unrestored)} sites are armed by somebody else and stay for now",
+            help="they are restored by themselves when the other side leaves",
+        )
+
+
+def _status(done: Completed | None, hits: Counts) -> int:
+    if hits.unrestored:
+        return 125 if done else 1
+    return done.exit if done else 0
 
 
 def end_row(session: Session, hits: Counts, done: Completed | None) -> dict[str, Any]:
