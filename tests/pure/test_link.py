@@ -97,7 +97,7 @@ def test_numbers_match_the_agents_header() -> None:
     assert records.magic(int(defines["ACK"], 16)) == ACK
     assert records.magic(int(defines["RESTARTED"], 16)) == RESTARTED
     assert int(defines["END"], 16) == END
-    assert "#define KW_PAYLOAD_MAX\t(64u << 20)" in text
+    assert "#define KW_PAYLOAD_MAX\t(128u << 20)" in text
     assert "#define KW_CHUNK_MAX\t(64u << 10)" in text
 
 

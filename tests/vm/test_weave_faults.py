@@ -147,10 +147,13 @@ def test_no_room_for_code_is_told_and_changes_nothing(lab: Lab, link: Link, nati
         assert_counts(session, link)
 
 
-def test_more_than_can_be_loaded_at_once_is_told(lab: Lab, link: Link) -> None:
+def test_more_than_can_be_loaded_at_once_is_told(
+    lab: Lab, link: Link, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kernweave.session.generations.PAYLOAD_MAX", 1 << 20)
     with kernweave.connect(target(lab)) as session:
         with pytest.raises(DriverError) as raised:
-            session.weave("vmlinux:*@insns", partial=True)
+            session.weave(EVERYTHING, partial=True)
         print(raised.value)
         assert raised.value.errno == errno.EMSGSIZE and "no room for clones" in str(raised.value)
         assert not generations(link)

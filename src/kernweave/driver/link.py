@@ -97,7 +97,7 @@ class Link:
         """Return the driver's reply to one request; works while a command runs.
 
         Args:
-            request: at most 64 MiB.
+            request: at most 128 MiB.
             timeout: seconds, or None to wait as long as it takes; a commit of 100,000 groups
                 takes a minute in an idle lab.
 
@@ -113,7 +113,7 @@ class Link:
         return reply
 
     def read_file(self, path: str, timeout: float | None = 60.0) -> bytes:
-        """Return the contents of a file of the target, at most 64 MiB.
+        """Return the contents of a file of the target, at most 128 MiB.
 
         Raises:
             DriverError: it cannot be read; `errno` says why.

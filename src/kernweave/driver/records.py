@@ -10,7 +10,7 @@ from enum import IntEnum
 
 from kernweave.errors import UsageError
 
-PAYLOAD_MAX = 64 << 20
+PAYLOAD_MAX = 128 << 20
 CHUNK_MAX = 64 << 10
 MAGIC_LEN = 16
 END = 0x0A

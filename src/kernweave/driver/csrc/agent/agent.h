@@ -17,7 +17,7 @@
 
 #include <stdint.h>
 
-#define KW_PAYLOAD_MAX	(64u << 20)
+#define KW_PAYLOAD_MAX	(128u << 20)
 #define KW_REPLY_MAX	(33u << 20)	/* of the driver, for one request */
 #define KW_CHUNK_MAX	(64u << 10)	/* of one STDOUT or STDERR record */
 #define KW_MAGIC_LEN	16
