@@ -18,7 +18,8 @@ from kernweave.image.orc import OrcReg
 from kernweave.image.tables import Layout as TableLayout
 from kernweave.image.tables import Tables, read_tables
 from kernweave.image.vmlinuz import open_image
-from kernweave.lab.packages import fetched_kernel
+from kernweave.lab.packages import KERNEL_SERIES, fetched_kernel
+from kernweave.session.target import read_kmod
 from kernweave.weave.bind import translate
 from kernweave.weave.clonemap import bugs_of, exceptions_of, make_map
 from kernweave.weave.counters import make_counters, select_blocks, select_insns
@@ -165,7 +166,7 @@ def test_binutils_has_nothing_to_say_against_it(made: Made, tmp_path: Path) -> N
 
 
 def test_template_is_read_back_from_a_kmod(made: Made) -> None:
-    found = read_template(made.data, "kernweave_7")
+    found = read_template(made.data)
     assert found.info == TEMPLATE.info
     assert (found.name_at, len(found.module)) == (24, 896)
 
@@ -173,9 +174,18 @@ def test_template_is_read_back_from_a_kmod(made: Made) -> None:
 def test_other_files_are_refused(made: Made) -> None:
     for data in (b"", b"\x7fELF", bytes(100), made.data[:200], made.data[: len(made.data) // 2]):
         with pytest.raises(UnsupportedError):
-            read_template(data, "kernweave_7")
-    with pytest.raises(UnsupportedError, match="not the kmod other"):
-        read_template(made.data, "other")
+            read_template(data)
+    with pytest.raises(UnsupportedError, match="not the file of a kmod"):
+        read_template(made.data.replace(b"\0name=", b"\0game="))
+
+
+def test_kmods_of_the_kernel_itself_are_templates() -> None:
+    for series in KERNEL_SERIES:
+        tree = fetched_kernel(series)
+        if tree is None:
+            pytest.skip(f"kernel {series} was not fetched (kernweave lab up)")
+        found = read_template(read_kmod(tree.modules))
+        assert any(tree.release.encode() in line for line in found.info)
 
 
 def test_bug_tables_of_another_layout_are_refused(made: Made) -> None:

@@ -228,7 +228,7 @@ def test_restarted_agent_is_noticed_inside_any_record(kept: int) -> None:
 @pytest.mark.parametrize(
     "garbage",
     [
-        HEADER.pack((64 << 20) + 1, Type.REPLY, 1),
+        HEADER.pack(records.PAYLOAD_MAX + 1, Type.REPLY, 1),
         HEADER.pack(4, Type.REPLY, 1) + b"12345",
         b"\xff" * 64,
         pack(Type.ERROR, 0, b"malformed record"),
@@ -290,7 +290,7 @@ def test_requests_that_cannot_be_sent_are_refused_before_anything_is() -> None:
         with pytest.raises(UsageError, match="no command"):
             link.run([])
         with pytest.raises(UsageError, match="are allowed"):
-            link.call(bytes((64 << 20) + 1))
+            link.call(bytes(records.PAYLOAD_MAX + 1))
 
 
 def test_close_twice_releases_the_port_once() -> None:

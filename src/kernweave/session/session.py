@@ -31,7 +31,7 @@ from kernweave.session.survey import (
     prototype_of,
 )
 from kernweave.session.tables import FunctionTable, Kernel, Table
-from kernweave.session.target import AnyLink, driver_file, open_link
+from kernweave.session.target import AnyLink, kmod_file, open_link
 from kernweave.session.view import KernelView
 from kernweave.session.woven import Clonable, Weaver, WovenCounts
 
@@ -62,7 +62,7 @@ class Session:
             self._view = KernelView(self._driver, cache_dir())
             self._analysis = Analysis(self._view, cache_dir(), progress)
             seen = self._view, self._analysis, Hooks(self._driver, self._view, self._analysis)
-            find_file = functools.partial(driver_file, self.target, progress)
+            find_file = functools.partial(kmod_file, self.target, self.kernel, progress)
             self._weaver = Weaver(self._driver, self._link, seen, find_file)
             self._counting = Counting(self._driver, self._weaver, seen)
         except BaseException:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import gzip
+import lzma
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -16,6 +18,13 @@ from kernweave.lab.machine import Lab
 from kernweave.lab.packages import KERNEL_SERIES, fetch_kernel
 
 Progress = Callable[[str], None]
+
+LOCAL_KMODS = Path("/lib/modules")
+_UNPACK: Mapping[str, Callable[[bytes], bytes]] = {
+    ".ko": bytes,
+    ".gz": gzip.decompress,
+    ".xz": lzma.decompress,
+}
 
 
 def lab_name(target: str) -> str:
@@ -65,18 +74,30 @@ def boot_lab(name: str, progress: Progress, kernel: str | None = None) -> Lab:
     return lab
 
 
-def driver_file(target: str, progress: Progress) -> bytes:
-    """The file of the driver that runs on a target: what kmods of its kernel look like.
+def kmod_file(target: str, release: str, progress: Progress) -> bytes:
+    """The file of some kmod of the kernel that runs on a target.
 
     Raises:
-        UnsupportedError: only labs tell.
+        UnsupportedError: there is none.
     """
     if target == "local":
-        raise UnsupportedError(
-            "weaving this machine's own kernel is not there yet",
-            help="use a lab: kernweave --target lab ...",
-        )
+        return read_kmod(LOCAL_KMODS / release)
     return driver_kmod(Lab(lab_name(target)).series, progress).read_bytes()
+
+
+def read_kmod(folder: Path) -> bytes:
+    """The smallest kmod below a folder, unpacked.
+
+    Raises:
+        UnsupportedError: there is none that can be unpacked.
+    """
+    found = [path for path in folder.rglob("*.ko*") if path.suffix in _UNPACK]
+    if not found:
+        raise UnsupportedError(
+            f"no kmod in {folder} to model clones on", help="install the kernel's own package"
+        )
+    smallest = min(found, key=lambda path: (path.stat().st_size, path))
+    return _UNPACK[smallest.suffix](smallest.read_bytes())
 
 
 class AnyLink(Protocol):

@@ -139,12 +139,19 @@ class Weaver:
         driver: Driver,
         link: AnyLink,
         seen: tuple[KernelView, Analysis, Hooks],
-        driver_file: Callable[[], bytes],
+        kmod_file: Callable[[], bytes],
     ) -> None:
-        """Remember where to look; nothing is read yet."""
+        """Remember where to look; nothing is read yet.
+
+        Args:
+            driver: of the session.
+            link: that loads kmods.
+            seen: what the session knows of the kernel.
+            kmod_file: reads the file of some kmod of this kernel.
+        """
         self._driver, self._link = driver, link
         self._view, self._analysis, self._hooks = seen
-        self._driver_file = driver_file
+        self._kmod_file = kmod_file
 
     def prepare(self) -> None:
         """Once, before anything is woven: what others patch is patched in clones as well.
@@ -194,7 +201,7 @@ class Weaver:
         return Kernel(
             self._driver,
             self._link,
-            read_template(self._driver_file()),
+            read_template(self._kmod_file()),
             read_tables(self._driver.read, self._spans, _EVERYTHING),
             self._view.images[0],
             cache_dir() / "generations",

@@ -39,6 +39,7 @@ _THIS_MODULE = ".gnu.linkonce.this_module"
 _MODULE_NAME_BYTES = 56
 #: what a kmod says of itself, and what of that holds for the clones
 _KEPT = (b"license=", b"vermagic=", b"retpoline=")
+_NAME = b"name="
 
 _EXCEPTION = np.dtype([("addr", "<i4"), ("fixup", "<i4"), ("data", "<u4")])
 _BUG = {
@@ -52,7 +53,7 @@ _ORC = np.dtype([("sp_offset", "<i2"), ("bp_offset", "<i2"), ("bits", "<u2")])
 
 @dataclass(frozen=True)
 class Template:
-    """What a kmod of the kernel at hand must have, taken from the driver.
+    """What a kmod of the kernel at hand must have, taken from any other.
 
     Attributes:
         info: lines of `.modinfo`.
@@ -67,23 +68,24 @@ class Template:
     others: tuple[Section, ...]
 
 
-def read_template(kmod: bytes, name: str = "kernweave") -> Template:
+def read_template(kmod: bytes) -> Template:
     """Take the template from the file of a kmod.
 
     Raises:
-        UnsupportedError: it is no kmod, or has another name.
+        UnsupportedError: it is no kmod.
     """
     found = read_sections(kmod)
-    module = found.get(_THIS_MODULE, b"")
-    name_at = module.find(name.encode() + b"\0")
+    module, lines = found.get(_THIS_MODULE, b""), found.get(".modinfo", b"").split(b"\0")
+    names = [line.removeprefix(_NAME) for line in lines if line.startswith(_NAME)]
+    name_at = module.find(names[0] + b"\0") if names else -1
     if name_at < 0:
-        raise UnsupportedError(f"this is not the kmod {name}")
+        raise UnsupportedError("this is not the file of a kmod")
     others = [
         Section(kept, found[kept], align=align)
         for kept, align in (("__versions", 32), (".orc_header", 4))
         if kept in found
     ]
-    info = [line for line in found[".modinfo"].split(b"\0") if line.startswith(_KEPT)]
+    info = [line for line in lines if line.startswith(_KEPT)]
     return Template(tuple(info), module, name_at, tuple(others))
 
 
@@ -127,7 +129,7 @@ def make_generation(woven: Woven, template: Template, name: str) -> bytes:
     module[template.name_at : template.name_at + _MODULE_NAME_BYTES] = name.encode().ljust(
         _MODULE_NAME_BYTES, b"\0"
     )
-    info = b"\0".join((*template.info, b"depends=", b"name=" + name.encode(), b""))
+    info = b"\0".join((*template.info, b"depends=", _NAME + name.encode(), b""))
     sections = [
         Section(
             ".text", code.tobytes(), Flags.ALLOC | Flags.EXEC, _TEXT_ALIGN, _leads_out(outward)
