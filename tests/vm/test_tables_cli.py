@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from command import Kernweave, rows
 
+from kernweave import connect
 from kernweave.lab.machine import Lab
+from kernweave.session.analysis import Analysis
 
 
 @pytest.fixture
@@ -26,6 +28,18 @@ def test_analyze_counts_rows_and_comes_from_the_cache_the_second_time(run: Kernw
     assert 1_000 < found["indirect_sites"] < found["calls"] < found["edges"]
     assert 0 < found["kernel_seconds"] < found["seconds"] and found["peak_bytes"] > 1 << 26
     assert min(found["no_save"].values()) > 0.9
+
+
+def test_analysis_is_of_native_text_while_something_is_placed(machine: Lab, tmp_path: Path) -> None:
+    with connect(f"lab:{machine.name}") as k:
+        analysis = Analysis(k.view, tmp_path, print)
+        with k.count("vfs_*", partial=True) as hits:
+            analysed = analysis.kernel
+            assert len(hits.placed) > 50
+        k.view.refresh()
+        again = Analysis(k.view, tmp_path, print).kernel
+        assert not analysed.from_cache and again.from_cache
+        assert not again.changed.any()
 
 
 def test_callers_have_the_call_sites_that_count_finds(run: Kernweave) -> None:

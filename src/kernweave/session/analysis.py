@@ -151,6 +151,7 @@ class Analysis:
         """The kernel's native text as it is now, and its run-time address."""
         image = self._view.images[0]
         start, end = (np.array([edge], np.uint64) for edge in (image.starts[0], image.end))
+        self._view.note_placed()
         return self._view.read_text(start, end, watched=watched)[0], image.starts[0]
 
     def _analyse(self, text: bytes, base: int) -> KernelImage:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from kernweave.image.symbols import (
 )
 
 Addrs = npt.NDArray[np.uint64]
+Originals = list[tuple[int, bytes]]  # address and bytes; where two overlap the later holds
 
 GENERATION = b"kernweave_"  # and a number: a kmod that holds clones
 NOP5 = bytes((0x0F, 0x1F, 0x44, 0x00, 0x00))
@@ -62,7 +64,7 @@ class KernelView:
         self._kmods: dict[bytes, Symbols] = {}
         self._images: list[Symbols] | None = None
         self._sites = Sites()
-        self._patched: list[tuple[int, bytes]] = []
+        self._patched: Originals = []
         self._in_use = b""
         self.returns: Addrs = np.zeros(0, np.uint64)
         self._seen: list[tuple[Addrs, Addrs, list[bytes]]] = []
@@ -166,6 +168,10 @@ class KernelView:
             driver.facts.bug_bytes,
         )
 
+    def note_placed(self) -> None:
+        """From here on `read_text` puts back what was placed since `refresh`, too."""
+        self._patched = _originals(self.driver.kprobes(), self.driver.placed())
+
     def is_current(self) -> bool:
         """Whether nobody armed or removed a probe since `refresh`: then the text read is native.
 
@@ -234,11 +240,7 @@ class KernelView:
         parts = self._read_many(starts, ends)
         if watched:
             self._seen.append((starts, ends, list(parts)))
-        for addr, original in self._patched:
-            hit = (starts < np.uint64(addr + len(original))) & (ends > np.uint64(addr))
-            for row in np.flatnonzero(hit).tolist():
-                parts[row] = _overlay(parts[row], int(starts[row]), addr, original)
-        return parts
+        return put_back(parts, starts, ends, self._patched)
 
 
 def is_generation(kmod: bytes) -> bool:
@@ -258,8 +260,8 @@ def _kmod_symbols(kmod: np.void, table: Rows, strings: bytes) -> Symbols:
     return make_symbols(bytes(kmod["name"]).decode(), addrs, names, start, min(last, end))
 
 
-def _originals(kprobes: Rows, placed: Rows) -> list[tuple[int, bytes]]:
-    """(address, bytes) to put back, in that order.
+def _originals(kprobes: Rows, placed: Rows) -> Originals:
+    """What to put back, in that order.
 
     What a kprobe may overwrite behind its own byte can hold another kprobe, or a site of ours.
     """
@@ -268,11 +270,37 @@ def _originals(kprobes: Rows, placed: Rows) -> list[tuple[int, bytes]]:
     return [*pairs, *((addr, original[:1]) for addr, original in pairs), *sites]
 
 
-def _overlay(code: bytes, start: int, addr: int, original: bytes) -> bytes:
+def put_back(
+    parts: Sequence[bytes], starts: Addrs, ends: Addrs, originals: Originals
+) -> list[bytes]:
+    """The bytes of some ranges with everything put back that was changed there."""
+    found = list(parts)
+    for row, inside in _overlaps(originals, starts, ends).items():
+        found[row] = _overlay(found[row], int(starts[row]), inside)
+    return found
+
+
+def _overlaps(originals: Originals, starts: Addrs, ends: Addrs) -> dict[int, Originals]:
+    """By row of the ranges: what is to be put back there, in its order."""
+    first = _u64([addr for addr, _ in originals])
+    last = first + _u64([len(original) for _, original in originals])
+    found: dict[int, Originals] = defaultdict(list)
+    if len(starts) < len(first):
+        for row, (start, end) in enumerate(zip(starts, ends, strict=True)):
+            hit = np.flatnonzero((first < end) & (last > start)).tolist()
+            found[row] += [originals[i] for i in hit]
+    else:
+        for i, original in enumerate(originals):
+            for row in np.flatnonzero((starts < last[i]) & (ends > first[i])).tolist():
+                found[row].append(original)
+    return found
+
+
+def _overlay(code: bytes, start: int, originals: Originals) -> bytes:
     text = bytearray(code)
-    for i, byte in enumerate(original):
-        if 0 <= addr + i - start < len(text):
-            text[addr + i - start] = byte
+    for addr, original in originals:
+        at, end = max(addr, start), min(addr + len(original), start + len(text))
+        text[at - start : end - start] = original[at - addr : end - addr]
     return bytes(text)
 
 
