@@ -65,7 +65,7 @@ def test_entered_and_left_again_and_again(series: str) -> None:
             entered = live.enter()
             shell(link, "ls -lR /usr/lib/python3 | md5sum; cat /proc/[0-9]*/stack | wc -l")
             left = live.leave()
-            assert live.hits().sum() > 10_000
+            assert live.hits().sum() > 1000
             print(functions, len(names), entered, left.stops)
             assert (left.stuck, left.visitors) == ((), 0)
             live.free()
