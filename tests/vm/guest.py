@@ -43,6 +43,7 @@ def booted(
     smp: int = 2,
     memory_mib: int = 1024,
     kernel_args: Sequence[str] = (),
+    cflags: tuple[str, ...] = (),
     loud: bool = False,
 ) -> Iterator[Lab]:
     """A lab of this test process with the driver; its log is clean at the end unless `loud`."""
@@ -52,7 +53,7 @@ def booted(
     lab = Lab(f"{name}-{os.getpid()}", kernel=kernel)
     try:
         try:
-            kmod = driver_kmod(lab.series, print)
+            kmod = driver_kmod(lab.series, print, cflags)
             lab.up(
                 kmod=kmod, progress=print, smp=smp, memory_mib=memory_mib, kernel_args=kernel_args
             )

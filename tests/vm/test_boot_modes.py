@@ -61,6 +61,19 @@ def check_mode(mode: Mode) -> None:
         assert not before.changed(read_text(lab))
 
 
+def test_driver_that_leaves_all_writing_to_the_kernel_counts_and_restores() -> None:
+    """As where LASS or IBT keep it from writing through the kernel's mapping."""
+    with booted("boot-write-alone", cflags=("-DKW_SEED_WRITE_ALONE",)) as lab:
+        before = read_text(lab)
+        assert_exact(lab)
+        with kernweave.connect(target(lab)) as session:
+            _count(session)
+            with session.weave("vfs_*", "__schedule@blocks", partial=True) as woven:
+                session.run([program("mixed"), "2"], check=True)
+            assert woven.text_restored and woven.hits().sum() > 100
+        assert not before.changed(read_text(lab))
+
+
 def _count(session: Session) -> set[Reason]:
     """Count under a workload; return the reasons of the points that were refused."""
     points = ["vfs_read@insns", *(f"{name}@blocks" for name in FUNCTIONS)]

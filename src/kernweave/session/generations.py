@@ -36,6 +36,7 @@ _CHUNK = uapi.MAX_PERCPU
 _COUNTER_BYTES = 8
 _LEAVE_S = 2.0  # to wait for who is inside; for what was moved as long as it takes
 _LOOKS = 2  # that must find nobody, before the driver lets go
+_TRIES = 5
 _LEAST_STOPS = 5  # where a grace period alone takes that long
 _NOP5 = np.frombuffer(bytes.fromhex("0f1f440000"), np.uint8)
 _JUMP = 0xE9
@@ -91,7 +92,7 @@ class Live:
         """
         driver = kernel.driver
         self._kernel = kernel
-        self._entered: int | None = None
+        self.entered: int | None = None
         self.outside = 0  # tasks that may have stayed in native code at `enter`
         self.area = driver.area(0)
         try:
@@ -160,7 +161,7 @@ class Live:
         away = (entries["clone"] - entries["site"] - np.uint64(len(_NOP5))).view(np.int64)
         pokes["new_"][:, 0] = _JUMP
         pokes["new_"][:, 1:5] = away.astype("<i4").view(np.uint8).reshape(-1, 4)
-        self._entered = driver.commit(self.area, pokes)
+        self.entered = driver.commit(self.area, pokes)
         try:
             moved = driver.move(self.area, Side.CLONE)
         except BaseException:
@@ -175,10 +176,10 @@ class Live:
         stops: tuple[Moved, ...] = ()
         stuck: tuple[int, ...] = ()
         closed = driver.closed(self.area)
-        if self._entered is not None:
-            stuck = driver.undo(self._entered).stuck_addrs
-            closed = closed | (driver.states(self._entered) == uapi.State.EVICTED)
-        if stuck or self._entered is None:
+        if self.entered is not None:
+            stuck = driver.undo(self.entered).stuck_addrs
+            closed = closed | (driver.states(self.entered) == uapi.State.EVICTED)
+        if stuck or self.entered is None:
             return Left(stops, 0, closed, stuck)
         deadline = time.monotonic() + _LEAVE_S
         looks, late = 0, False
@@ -201,11 +202,22 @@ class Live:
             DriverError: EAGAIN or EBUSY, if somebody may be, or something still leads there.
         """
         kernel = self._kernel
-        visitors = kernel.driver.free(self.area)
-        if self._entered is not None:
-            kernel.driver.forget(self._entered)
+        visitors = self._free_area()
+        if self.entered is not None:
+            kernel.driver.forget(self.entered)
         if not visitors:
             kernel.link.unload_kmod(self.kmod)
+
+    def _free_area(self) -> int:
+        """Tasks that are inside still; somebody else's wait may have moved one since `leave`."""
+        for _ in range(_TRIES):
+            try:
+                return self._kernel.driver.free(self.area)
+            except DriverError as error:
+                if error.errno != errno.EAGAIN:
+                    raise
+            self._kernel.driver.quiesce()
+        return self._kernel.driver.free(self.area)
 
 
 def _is_late(deadline: float, stops: tuple[Moved, ...]) -> bool:

@@ -17,7 +17,7 @@ import kernweave
 from coexist.counting import CALLS, SUBJECT, call, count_all, refusals
 from coexist.others import ENTRY_USERS, PREEMPT, Kprobes, shell
 from kernweave.driver.link import Link
-from kernweave.driver.uapi import PatchedKind
+from kernweave.driver.uapi import PatchedKind, Side
 from kernweave.errors import Reason, RefusedError, UnsupportedError
 from kernweave.lab.build import build_kmod
 from kernweave.lab.cache import cache_dir
@@ -224,6 +224,18 @@ def test_livepatch_takes_a_woven_function(session: Session, link: Link, function
     assert woven.text_restored and woven.evicted == 1
     shell(link, f"echo 0 > {state}/enabled")
     until("no task is patched", lambda: kmodctl(link, "unload", PATCH) in ("ok", "ENOENT"))
+
+
+def test_splice_waits_for_who_sleeps_in_clones_that_are_being_left(session: Session) -> None:
+    function = "schedule_timeout"
+    with session.weave(function) as woven:
+        entered = woven.live.entered
+        assert entered is not None and not session.driver.undo(entered).stuck_addrs
+        with session.splice(f"{function}@blocks", partial=True) as spliced:
+            assert len(spliced.placed) > 1
+            left = session.driver.move(woven.live.area, Side.NATIVE)
+    assert (left.places, left.visitors) == (0, 0)
+    assert woven.text_restored and spliced.text_restored
 
 
 # ---- who dies ------------------------------------------------------------------------------------

@@ -302,6 +302,8 @@ static u32 kw_move_some(struct kw_weaving *w)
 	struct kw_move m = { .w = w, .side = KW_NATIVE, .some = true };
 
 	kw_move(&m);
+	if (atomic_read(&m.places))
+		w->looks = 0;
 	return atomic_read(&m.visitors);
 }
 

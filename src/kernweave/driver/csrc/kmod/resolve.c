@@ -114,6 +114,22 @@ static int kw_resolve_one(const struct kw_wanted *w)
 }
 
 /*
+ * Whether the driver's own code may write through the mapping that __text_poke() makes:
+ * with LASS it faults there, as the mapping is in the lower half of the address space.
+ * Then the kernel writes each site by itself.
+ */
+static bool kw_may_write_mapped(void)
+{
+#ifdef KW_SEED_WRITE_ALONE
+	return false;
+#elif defined(X86_FEATURE_LASS)
+	return !boot_cpu_has(X86_FEATURE_LASS);
+#else
+	return true;
+#endif
+}
+
+/*
  * kallsyms_lookup_name() is not exported since 5.7 (0bd476e6c671, "kallsyms:
  * unexport kallsyms_lookup_name()"); registering a kprobe tells its address.
  */
@@ -135,6 +151,8 @@ int kw_resolve(void)
 		ret = kw_resolve_one(&kw_wanted[i]);
 	if (ret)
 		return ret;
+	if (!kw_may_write_mapped())
+		kw_syms.poke_with = NULL;
 	if (!kw_syms.module_alloc && !kw_syms.execmem_alloc)
 		return -EOPNOTSUPP;
 	if (kw_syms.lookup_name("execmem_is_rox") && !kw_syms.lookup_name("execmem_alloc_rw")) {

@@ -376,10 +376,15 @@ static u32 kw_close_batch(struct kw_weaving *w, u32 row)
 	}
 	batch.count = n;
 	kw_poke_rows(&batch, rows, n, false);
+	while (n--)
+		WARN_ON_ONCE(memcmp((void *)pokes[n].addr, pokes[n].new_, KW_JMP_LEN));
 	return row;
 }
 
-/* Close all slots of a generation that nothing native leads to any more. */
+/*
+ * Close all slots of a generation that nothing native leads to any more.  Whoever waits
+ * for closed functions to be left waits for these, too.
+ */
 void kw_weave_close(struct kw_code *code)
 {
 	struct kw_weaving *w = code->weaving;
@@ -389,6 +394,7 @@ void kw_weave_close(struct kw_code *code)
 	while (row < w->n.entries) {
 		mutex_lock(kw_syms.text_mutex);
 		row = kw_close_batch(w, row);
+		w->closing = true;
 		mutex_unlock(kw_syms.text_mutex);
 		cond_resched();
 	}
