@@ -19,7 +19,7 @@ import pytest
 from guest import LONGEST_S, until
 
 from kernweave.driver.link import Link
-from kernweave.driver.records import ACK, HEADER, RESET, ExitStatus, Type
+from kernweave.driver.records import ACK, HEADER, PAYLOAD_MAX, RESET, ExitStatus, Type
 from kernweave.errors import (
     DriverError,
     KernweaveError,
@@ -230,7 +230,7 @@ def test_reset_inside_a_record_starts_afresh(lab: Lab) -> None:
 
 @pytest.mark.parametrize(
     "record",
-    [HEADER.pack((64 << 20) + 1, Type.CALL, 3), HEADER.pack(2, Type.READFILE, 3) + b"/\0\0"],
+    [HEADER.pack(PAYLOAD_MAX + 1, Type.CALL, 3), HEADER.pack(2, Type.READFILE, 3) + b"/\0\0"],
     ids=["too long", "no end"],
 )
 def test_malformed_record_is_answered_by_an_error(lab: Lab, record: bytes) -> None:
