@@ -93,8 +93,13 @@ class ModeError(KernweaveError):
 
 
 @contextmanager
-def booted(series: str, name: str) -> Iterator[Lab]:
+def booted(series: str, name: str, kernel_args: tuple[str, ...] = ()) -> Iterator[Lab]:
     """A lab in a mode, gone afterwards.
+
+    Args:
+        series: of the kernel.
+        name: of the mode.
+        kernel_args: added to the mode's own.
 
     Raises:
         ModeError: the kernel runs in another mode.
@@ -105,7 +110,7 @@ def booted(series: str, name: str) -> Iterator[Lab]:
     try:
         lab.up(
             kmod=driver_kmod(series, print),
-            kernel_args=mode.args,
+            kernel_args=(*mode.args, *kernel_args),
             qemu_args=("-cpu", mode.cpu) if mode.cpu else (),
             progress=print,
         )

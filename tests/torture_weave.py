@@ -109,6 +109,8 @@ def _enter(session: Session, scopes: Scopes, lives: list[Live], *, poison: bool)
     for live in lives:
         taken |= live.woven.scope.woven
     scope = find_scope(source, session.weaver.rules, scopes.asked(taken))
+    while not scope.woven.any():
+        scope = find_scope(source, session.weaver.rules, scopes.asked(taken))
     found = [select(source, scope) for select in _SELECTS if scopes.chance.random() < 0.5]
     insn = np.concatenate([np.zeros(0, np.int64), *(rows for rows, _ in found)])
     place = np.concatenate([np.zeros(0, np.uint8), *(places for _, places in found)])

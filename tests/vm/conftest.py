@@ -20,6 +20,14 @@ from kernweave.lab.machine import Lab
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+#: files that take longest begin first, so that none of them runs alone in the end
+LONGEST = ("test_torture.py", "test_weave_live.py", "test_weave_events.py", "test_going.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 @pytest.fixture(scope="session")
 def lab() -> Iterator[Lab]:
     """Boot a lab, or skip as KERNWEAVE_VM says: unset = if possible, 1 = must, 0 = never."""

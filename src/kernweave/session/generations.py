@@ -81,7 +81,13 @@ class Left:
 
 
 class Live:
-    """A generation that is loaded; the driver knows it, and nothing leads to it yet."""
+    """A generation that is loaded; the driver knows it, and nothing leads to it yet.
+
+    Attributes:
+        entered: transaction of the jumps at its entries; None: it is not entered.
+        outside: tasks that may have stayed in native code at `enter`.
+        area: of the driver, which holds it.
+    """
 
     def __init__(self, kernel: Kernel, source: Source, scope: Scope, counters: Counters) -> None:
         """Translate, load and hand over.
@@ -93,7 +99,7 @@ class Live:
         driver = kernel.driver
         self._kernel = kernel
         self.entered: int | None = None
-        self.outside = 0  # tasks that may have stayed in native code at `enter`
+        self.outside = 0
         self.area = driver.area(0)
         try:
             layout = lay_out(source, scope, counters)

@@ -86,15 +86,20 @@ def kmod_file(target: str, release: str, progress: Progress) -> bytes:
 
 
 def read_kmod(folder: Path) -> bytes:
-    """The smallest kmod below a folder, unpacked.
+    """The smallest of the kernel's own kmods, unpacked; a foreign one's license could taint.
+
+    Args:
+        folder: of all kmods of a kernel; its own are in `kernel` below it, if there is that.
 
     Raises:
         UnsupportedError: there is none that can be unpacked.
     """
-    found = [path for path in folder.rglob("*.ko*") if path.suffix in _UNPACK]
+    own = folder / "kernel"
+    within = own if own.is_dir() else folder
+    found = [path for path in within.rglob("*.ko*") if path.suffix in _UNPACK]
     if not found:
         raise UnsupportedError(
-            f"no kmod in {folder} to model clones on", help="install the kernel's own package"
+            f"no kmod in {within} to model clones on", help="install the kernel's own package"
         )
     smallest = min(found, key=lambda path: (path.stat().st_size, path))
     return _UNPACK[smallest.suffix](smallest.read_bytes())

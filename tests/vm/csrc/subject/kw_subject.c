@@ -3,10 +3,13 @@
  * Functions of a kmod that are called once per write to a parameter: `work` runs them, `key` and
  * `call` flip a static key and change a static call inside them; `warn` warns, `bug` ends the task
  * that writes, `oddity` has the kernel itself warn, and `vanish` runs an int3 that is none any more
- * when it is looked at; `scribble` takes an address of kernel text and flips a bit there.
+ * when it is looked at; `scribble` takes an address of kernel text and flips a bit there;
+ * `linger` has who prints a kmod of kernweave wait until it is about to be freed.
  */
 #include <linux/bug.h>
+#include <linux/delay.h>
 #include <linux/jump_label.h>
+#include <linux/kprobes.h>
 #include <linux/mm.h>
 #include <linux/module.h>
 #include <linux/static_call.h>
@@ -126,12 +129,34 @@ static int set_scribble(const char *text, const struct kernel_param *kp)
 	return 0;
 }
 
+#define LONGEST_MS 20
+
+/* Behind print_modules()'s own look at the state. */
+static int linger(struct kprobe *kp, struct pt_regs *regs)
+{
+	struct module *mod = (void *)regs->di;
+	int i;
+
+	if (strstarts(mod->name, "kernweave"))
+		for (i = 0; i < LONGEST_MS && READ_ONCE(mod->state) != MODULE_STATE_UNFORMED; i++)
+			mdelay(1);
+	return 0;
+}
+
+static struct kprobe lingering = { .symbol_name = "module_flags", .pre_handler = linger };
+
+static int set_linger(const char *text, const struct kernel_param *kp)
+{
+	return register_kprobe(&lingering);
+}
+
 static const struct kernel_param_ops work_ops = { .set = set_work };
 static const struct kernel_param_ops warn_ops = { .set = set_warn };
 static const struct kernel_param_ops bug_ops = { .set = set_bug };
 static const struct kernel_param_ops vanish_ops = { .set = set_gone };
 static const struct kernel_param_ops oddity_ops = { .set = set_oddity };
 static const struct kernel_param_ops scribble_ops = { .set = set_scribble };
+static const struct kernel_param_ops linger_ops = { .set = set_linger };
 static const struct kernel_param_ops key_ops = { .set = set_key };
 static const struct kernel_param_ops call_ops = { .set = set_call };
 module_param_cb(work, &work_ops, NULL, 0200);
@@ -140,6 +165,7 @@ module_param_cb(bug, &bug_ops, NULL, 0200);
 module_param_cb(vanish, &vanish_ops, NULL, 0200);
 module_param_cb(oddity, &oddity_ops, NULL, 0200);
 module_param_cb(scribble, &scribble_ops, NULL, 0200);
+module_param_cb(linger, &linger_ops, NULL, 0200);
 module_param_cb(key, &key_ops, NULL, 0200);
 module_param_cb(call, &call_ops, NULL, 0200);
 
@@ -150,6 +176,8 @@ static int __init kw_subject_init(void)
 
 static void __exit kw_subject_exit(void)
 {
+	if (lingering.addr)
+		unregister_kprobe(&lingering);
 }
 
 module_init(kw_subject_init);

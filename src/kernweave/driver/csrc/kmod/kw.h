@@ -225,6 +225,10 @@ bool kw_is_closed_entry(const struct kw_code *code, const struct kw_poke *p);
 struct kw_poke *kw_poke_at(struct kw_txn *t, u64 addr);
 struct kw_poke *kw_poke_around(struct kw_txn *t, u64 addr);
 
+int kw_going_init(void);
+void kw_going_exit(void);
+void kw_unlist(struct module *mod);
+
 int kw_group_init(void);
 void kw_group_exit(void);
 u32 kw_group_left(const struct kw_txn *t);

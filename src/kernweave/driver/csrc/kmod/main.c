@@ -294,13 +294,23 @@ static int __init kw_init(void)
 {
 	int ret = kw_resolve();
 
-	if (!ret)
-		ret = kw_group_init();
 	if (ret)
 		return ret;
+	ret = kw_group_init();
+	if (ret)
+		return ret;
+	ret = kw_going_init();
+	if (ret)
+		goto out_group;
 	ret = misc_register(&kw_device);
 	if (ret)
-		kw_group_exit();
+		goto out_going;
+	return 0;
+
+out_going:
+	kw_going_exit();
+out_group:
+	kw_group_exit();
 	return ret;
 }
 
@@ -312,7 +322,9 @@ static void __exit kw_exit(void)
 	kw_undo_exit();
 	kw_areas_exit();
 	kw_weave_exit();
+	kw_going_exit();
 	kw_group_exit();
+	kw_unlist(THIS_MODULE);
 }
 
 module_init(kw_init);
