@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from guest import booted, shell, target
-from weaving import Mask, draw, load, prepared
+from weaving import draw, functions_that_run, load, prepared
 from woven_edges import edge_differences
 
 import kernweave
@@ -92,8 +92,10 @@ def test_counters_of_clones_equal_the_oracle(
 def _count(machine: OracleLab, k: Session) -> list[str]:
     """Weave what the workload runs, run it again, and compare."""
     command = storm(SEED, 60, spawns=2)
-    asked = _functions_that_run(k, command)
-    live = load(k, prepared(k), asked, SELECTS)
+    ran = functions_that_run(k, command, 1)
+    chosen = np.random.default_rng(SEED).permutation(ran)[:FUNCTIONS]
+    source = prepared(k)
+    live = load(k, source, np.isin(source.tables.functions.addr, chosen), SELECTS)
     _watch(machine, k, live)
     before = machine.snapshot()
     moved = live.enter()
@@ -117,17 +119,6 @@ def _count(machine: OracleLab, k: Session) -> list[str]:
         *_differences(live, executed, hits, restarts),
         *edge_differences(live, _executions(live, executed, restarts), hits, interrupted),
     ]
-
-
-def _functions_that_run(k: Session, command: list[str]) -> Mask:
-    """bool[f]: functions of the kernel that the workload enters, drawn by chance."""
-    with k.count("vmlinux:*", partial=True, tactics=["nop5"]) as hits:
-        k.run(command, check=True, capture=True)
-    ran = sorted({point.function for point, n in zip(hits.placed, hits.hits(), strict=True) if n})
-    find = k.view.images[0].find
-    addrs = np.array([addr for name in ran for addr in find(name)], np.uint64)
-    chosen = np.random.default_rng(SEED).permutation(addrs)[:FUNCTIONS]
-    return np.isin(k.analysis.kernel.tables.functions.addr, chosen)
 
 
 def _map(live: Live) -> CloneMap:

@@ -26,6 +26,16 @@ def prepared(session: Session) -> Source:
     return session.analysis.source()
 
 
+def functions_that_run(session: Session, command: list[str], least: int) -> npt.NDArray[np.uint64]:
+    """uint64[n]: functions of the kernel that a command enters so often, by name."""
+    with session.count("vmlinux:*", partial=True, tactics=["nop5"]) as hits:
+        session.run(command, check=True, capture=True)
+    pairs = zip(hits.placed, hits.hits(), strict=True)
+    ran = sorted({point.function for point, n in pairs if n >= least})
+    find = session.view.images[0].find
+    return np.array([addr for name in ran for addr in find(name)], np.uint64)
+
+
 def draw(source: Source, number: int, seed: int) -> Mask:
     """bool[f]: some functions, drawn by chance; at most all."""
     count = len(source.tables.functions.addr)
