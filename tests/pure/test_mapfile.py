@@ -3,11 +3,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from kernweave.weave.mapfile import Names, claim_name, load_names, save_names, symbolize
+from kernweave.weave.mapfile import (
+    Names,
+    claim_name,
+    load_all,
+    load_names,
+    names_clones,
+    save_names,
+    symbolize,
+)
 
 
 def offsets(*values: int) -> np.ndarray:
@@ -23,6 +32,7 @@ NAMES = Names(
     ends=offsets(16, 21, 36, 52),
     native_begins=offsets(0, 0, 2, 2, 7, 7, 0, 0),
     native_ends=offsets(2, 7, 8, 4),
+    base=0xFFFFFFFFC0660000,
 )
 
 
@@ -33,6 +43,26 @@ def test_boundaries_are_exact_and_counters_belong_to_what_they_count() -> None:
     assert NAMES.native("fput", 4) == "fput+0x4/0x4"
     assert NAMES.native("twice", 0) is None
     assert NAMES.native("nobody", 0) is None
+
+
+def test_places_with_their_address_need_no_generation(tmp_path: Path) -> None:
+    for kmod in ("kernweave_3", "kernweave_4"):  # the same code at the same address
+        save_names(tmp_path, kmod, NAMES)
+    known = load_all(tmp_path)
+    assert [names.base for names in known] == [NAMES.base, NAMES.base]
+    line = "\t    ffffffffc0660015 vfs_read.kw+0x15 ([kernel.kallsyms])\n"
+    found = symbolize(line, lambda _: None, lambda: known)
+    assert found == "\t    ffffffffc0660015 vfs_read+0x7 ([kernel.kallsyms])\n"
+    elsewhere = line.replace("0015 ", "0016 ")
+    assert symbolize(elsewhere, lambda _: None, lambda: known) == elsewhere
+    assert names_clones(elsewhere) and not names_clones(found)
+    others = [*known, replace(NAMES, native_begins=NAMES.native_begins + 1)]
+    assert symbolize(line, lambda _: None, lambda: others) == line
+
+
+def test_files_of_another_version_are_not_known(tmp_path: Path) -> None:
+    np.savez(tmp_path / "kernweave_5.npz", names=np.array(["vfs_read"]))
+    assert load_names(tmp_path, "kernweave_5") is None and load_all(tmp_path) == []
 
 
 def test_lines_keep_everything_but_places_in_known_clones(tmp_path: Path) -> None:

@@ -14,10 +14,12 @@ from kernweave import connect
 from kernweave.cli.dot import blocks_of, dot_source, find_dot, write_svg
 from kernweave.cli.output import print_json, print_refused, progress
 from kernweave.errors import UsageError
+from kernweave.session.attach import check_refusals
 from kernweave.session.listing import EdgeInfo, InsnInfo
 from kernweave.session.woven import Clonable
 
 _TEXT_WIDTH = 44
+_VERDICT_WIDTH = 10
 _WIDTH = 79
 
 
@@ -71,18 +73,20 @@ def show(
 
 def _print_weave(function: str, found: Clonable) -> None:
     """Bail-outs by reason."""
-    refused = found.all_refused()
+    if not len(found.placed):
+        check_refusals(found, partial=True)
     cloned = int(found.placed.sum())
-    print(f"{function}: {cloned} of {cloned + len(refused)} blocks can be cloned")
-    print_refused(refused)
+    print(f"{function}: {cloned:,} of {len(found.placed):,} blocks can be cloned")
+    print_refused(found.all_refused())
 
 
 def _print_human(rows: Sequence[InsnInfo]) -> None:
     blocks = blocks_of(rows)
+    width = max(len(_verdict(row)) for row in rows)
     for block in blocks:
         print(_head(block))
         for row in block:
-            print(_line(row))
+            print(_line(row, width))
     print(f"{len(blocks)} blocks, {len(rows)} instructions; last column: dead registers and flags")
 
 
@@ -113,12 +117,17 @@ def _place(edge: EdgeInfo, part: str) -> str:
     return place.removeprefix(part) if place.startswith(f"{part}+") else place
 
 
-def _line(row: InsnInfo) -> str:
-    text = row.text
-    if len(text) > _TEXT_WIDTH:
-        text = f"{text[: _TEXT_WIDTH - 1]}~"
-    head = f"  +{row.offset:<#6x} {row.tactic or row.reason:10}"
-    return f"{head} {text:{_TEXT_WIDTH}} {_short(row.dead)}".rstrip()
+def _verdict(row: InsnInfo) -> str:
+    return str(row.tactic or row.reason)
+
+
+def _line(row: InsnInfo, verdict_width: int) -> str:
+    """A wide verdict takes from the text, so that all columns are below each other."""
+    text, width = row.text, _TEXT_WIDTH - max(verdict_width - _VERDICT_WIDTH, 0)
+    if len(text) > width:
+        text = f"{text[: width - 1]}~"
+    head = f"  +{row.offset:<#6x} {_verdict(row):{max(verdict_width, _VERDICT_WIDTH)}}"
+    return f"{head} {text:{width}} {_short(row.dead)}".rstrip()
 
 
 def _short(dead: str) -> str:

@@ -10,7 +10,7 @@ TAIL_LINES = 15
 
 _TROUBLE = re.compile(
     r"WARNING:|BUG:|Oops|ftrace bug|general protection|rcu:.*stall|soft lockup|Call Trace"
-    r"|Kernel panic"
+    r"|Kernel panic|workqueue: .*\[kernweave\]"
 )
 _FIRST_SIGN = re.compile(
     r"BUG: |Oops: |general protection|sysrq: Trigger|invalid opcode|double fault"

@@ -349,6 +349,8 @@ def check_refusals(decision: Verdict, partial: bool) -> None:
     if len(triples) > 8:
         notes.append(f"and {len(triples) - 8} more")
     wanted = len(triples) + int(placed.sum())
+    if not wanted:
+        raise RefusedError("there is no such point in what is named", [])
     raise RefusedError(
         f"cannot place {len(triples)} of {wanted} points",
         triples,

@@ -117,7 +117,8 @@ class Counting:
         for name in wanted:
             if name not in known:
                 raise UsageError(
-                    f"no tactic {name!r}", help=f"use {', '.join(known)}, separated by commas"
+                    f"no tactic {name!r}",
+                    help=f"use {', '.join(known)}, separated by commas; to weave, {CLONE} alone",
                 )
         can_yield = self._hooks.can_yield_to_ftrace()
         return [known[name] for name in wanted if can_yield or known[name] is not Tactic.NOP5]

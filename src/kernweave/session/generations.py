@@ -118,7 +118,6 @@ class Live:
         names = [name_at.get(addr, f"{addr:x}") for addr in source.tables.functions.addr.tolist()]
         self.woven = Woven(source, scope, layout, offsets, names, kernel.tables)
         self.kmod = claim_name(kernel.folder, set(_kmods(driver)))
-        save_names(kernel.folder, self.kmod, make_names(self.woven))
         file = make_generation(self.woven, kernel.template, self.kmod)
         if len(file) > PAYLOAD_MAX:
             raise DriverError(
@@ -127,6 +126,7 @@ class Live:
         kernel.link.load_kmod(file)
         try:
             self.base = _text_of(driver, self.kmod)
+            save_names(kernel.folder, self.kmod, make_names(self.woven, self.base))
             driver.weave(self.area, self.handover)
         except BaseException:
             kernel.link.unload_kmod(self.kmod)

@@ -46,6 +46,12 @@ _WORDS = {
     Why.LOCK: (Reason.LOCK_PREFIX, "its block has a lock prefix that may still be patched"),
     Why.SHADOW: (Reason.STI_SHADOW, "its block must stay with the one behind it"),
 }
+#: whose range may be in a function that is denied, the one that passes first
+_DENIED = (
+    (Reason.BUSY_KPROBE, "somebody has a kprobe in its function"),
+    (Reason.BUSY_PLAN, "kernweave has points in its function already"),
+    (Reason.NOINSTR, "its function must not be instrumented"),
+)
 _PARTED = (Reason.STI_SHADOW, "nothing may come between it and the instruction before")
 
 
@@ -105,8 +111,23 @@ class Clonable:
         why = Why(int(self.scope.block[self.source.tables.instructions.block[insn]]))
         if why is Why.WOVEN:
             return _PARTED
+        if why is Why.DENIED:
+            return self._denied(int(self.source.tables.instructions.function[insn]))
         plain = f"its block cannot be cloned ({why.name.lower()})"
         return _WORDS.get(why, (Reason.NO_CLONE, plain))
+
+    def _denied(self, function: int) -> tuple[Reason, str]:
+        """Whose range is in a function, or in a part of it."""
+        functions = self.source.tables.functions
+        parts = np.flatnonzero(functions.parent == functions.parent[function])
+        starts = functions.addr[parts]
+        ends = starts + np.maximum(functions.size[parts], 1).astype(np.uint64)
+        found = {
+            ranges.reason
+            for ranges in self.source.sites.ranges
+            if ranges.overlap(starts, ends).any()
+        }
+        return next((words for words in _DENIED if words[0] in found), _WORDS[Why.DENIED])
 
 
 def find_clonable(resolved: Resolved, source: Source, rules: Rules) -> Clonable:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,11 @@ _PLACE = re.compile(
     rf"(?P<name>[\w.$]+){re.escape(SUFFIX)}\+0x(?P<at>[0-9a-f]+)/0x[0-9a-f]+"
     r" \[(?P<kmod>kernweave_[0-9]+)\]"
 )
+_PLACE_AT = re.compile(
+    rf"(?P<addr>\b[0-9a-f]{{16}}) (?P<name>[\w.$]+){re.escape(SUFFIX)}"
+    r"\+0x(?P<at>[0-9a-f]+)(?![/\w])"
+)
+_ANY_PLACE = re.compile(rf"{re.escape(SUFFIX)}\+0x[0-9a-f]")
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,7 @@ class Names:
         ends: uint32[e], ascending: where copies end.
         native_begins: uint32[b], native offset of each, in its function or part.
         native_ends: uint32[e], the same.
+        base: run-time address of the text.
     """
 
     names: tuple[str, ...]
@@ -46,6 +52,7 @@ class Names:
     ends: Offsets
     native_begins: Offsets
     native_ends: Offsets
+    base: int
 
     @cached_property
     def _rows(self) -> dict[str, int]:
@@ -63,6 +70,11 @@ class Names:
         at = int(self.starts[row]) + offset
         return f"{name}+{self._native_at(at):#x}/{int(self.sizes[row]):#x}"
 
+    def is_at(self, name: str, offset: int, addr: int) -> bool:
+        """Whether a place in the clone of that name has that run-time address."""
+        row = self._rows.get(name, -1)
+        return row >= 0 and self.base + int(self.starts[row]) + offset == addr
+
     def _native_at(self, at: int) -> int:
         """Inside of a counter or a copy: where its instruction begins."""
         row = int(np.searchsorted(self.begins, at, side="right")) - 1
@@ -74,8 +86,8 @@ class Names:
         return int(self.native_begins[max(row, 0)])
 
 
-def make_names(woven: Woven) -> Names:
-    """The names of a generation."""
+def make_names(woven: Woven, base: int) -> Names:
+    """The names of a generation whose text is at `base`."""
     clones = make_map(woven.source, woven.layout, 0)
     functions = woven.source.tables.functions
     part = np.flatnonzero(woven.scope.woven & (functions.first_insn >= 0))
@@ -90,6 +102,7 @@ def make_names(woven: Woven) -> Names:
         ends=_offsets(clones.clone + clones.size),
         native_begins=_offsets(np.append(native, native)[order]),
         native_ends=_offsets(native + clones.length),
+        base=base,
     )
 
 
@@ -127,6 +140,7 @@ def _drop_old(folder: Path) -> None:
 def save_names(folder: Path, kmod: str, names: Names) -> None:
     """Keep the names of a generation."""
     columns = {name: getattr(names, name) for name in Names.__dataclass_fields__}
+    columns["base"] = np.uint64(names.base)
     np.savez(folder / f"{kmod}.npz", **{**columns, "names": np.array(names.names)})
 
 
@@ -136,16 +150,28 @@ def load_names(folder: Path, kmod: str) -> Names | None:
     if not path.exists() or not path.stat().st_size:
         return None
     with np.load(path) as found:
+        if set(found.files) != set(Names.__dataclass_fields__):  # of another version
+            return None
         columns = {name: found[name] for name in Names.__dataclass_fields__}
-    return Names(**{**columns, "names": tuple(columns["names"].tolist())})
+    scalars = {"names": tuple(columns["names"].tolist()), "base": int(columns["base"])}
+    return Names(**{**columns, **scalars})
 
 
-def symbolize(line: str, find: Callable[[str], Names | None]) -> str:
+def load_all(folder: Path) -> list[Names]:
+    """The names of all generations that are known."""
+    found = (load_names(folder, path.stem) for path in _files(folder))
+    return [names for names in found if names is not None]
+
+
+def symbolize(
+    line: str, find: Callable[[str], Names | None], known: Callable[[], Sequence[Names]] = tuple
+) -> str:
     """A line of a trace with native places instead of those in clones.
 
     Args:
-        line: as the kernel printed it.
+        line: as the kernel printed it, or perf, which names no generation but the address.
         find: a generation's names, by its kmod's; None: they are not known, and the place stays.
+        known: all generations that may be meant by an address.
     """
 
     def native(match: re.Match[str]) -> str:
@@ -153,4 +179,16 @@ def symbolize(line: str, find: Callable[[str], Names | None]) -> str:
         found = names.native(match["name"], int(match["at"], 16)) if names else None
         return found or match[0]
 
-    return _PLACE.sub(native, line)
+    def native_at(match: re.Match[str]) -> str:
+        name, at, addr = match["name"], int(match["at"], 16), int(match["addr"], 16)
+        meant = (names for names in known() if names.is_at(name, at, addr))
+        places = {names.native(name, at) for names in meant}
+        place = places.pop() if len(places) == 1 else None
+        return f"{match['addr']} {place.partition('/')[0]}" if place else match[0]
+
+    return _PLACE_AT.sub(native_at, _PLACE.sub(native, line))
+
+
+def names_clones(line: str) -> bool:
+    """Whether places in clones are left in a line."""
+    return _ANY_PLACE.search(line) is not None

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from guest import CSRC, LONGEST_S, TRACING, kmodctl, target, until
+from guest import CSRC, ENV, LONGEST_S, TRACING, kmodctl, target, until
 from weaving import draw, load, prepared
 
 import kernweave
@@ -27,7 +27,7 @@ from kernweave.session.generations import Live
 from kernweave.session.session import Session
 from kernweave.session.woven import Weaver
 from kernweave.weave.counters import select_blocks
-from kernweave.weave.mapfile import load_names, symbolize
+from kernweave.weave.mapfile import load_all, load_names, symbolize
 
 SEED = 20261124
 EVERYTHING = 1 << 30
@@ -110,7 +110,7 @@ def test_kprobe_inside_a_woven_function_hits(session: Session, link: Link) -> No
     assert woven.evicted == 1 and woven.text_restored
     with pytest.raises(RefusedError) as refused:
         session.weave(SUBJECT)
-    assert refusals(refused) == [Reason.DENYLIST]
+    assert refusals(refused) == [Reason.BUSY_KPROBE]
 
 
 def test_own_splices_in_a_woven_function_count(session: Session) -> None:
@@ -194,6 +194,18 @@ def test_what_the_kernel_patches_is_patched_in_all_clones(
     assert session.driver.read_ranges(before, before + np.uint64(5)) == copies
 
 
+def test_leaving_ends_though_the_kernel_patches_all_the_time(session: Session, lab: Lab) -> None:
+    flips = f"while :; do echo 1 > {SCHEDSTATS}; echo 0 > {SCHEDSTATS}; done"
+    with lab.connect() as other:
+        with session.weave(f"{SUBJECT}@insns") as woven:
+            other.exec_start(["sh", "-c", flips], env=ENV, cwd="/", fresh=True)
+            call(session)
+        assert woven.text_restored and woven.in_flight == 0
+        other.signal(signal.SIGKILL)
+        assert list(other.exec_events(LONGEST_S))
+        shell(other, f"echo 0 > {SCHEDSTATS}")
+
+
 def test_function_tracer_of_everything_comes_and_goes(
     link: Link, everything: Live, session: Session
 ) -> None:
@@ -209,6 +221,9 @@ def test_stacks_name_clones(link: Link, everything: Live) -> None:
     lines = [symbolize(line, lambda kmod: load_names(folder, kmod)) for line in found.splitlines()]
     assert not any(".kw+0x" in line for line in lines)
     assert any("do_nanosleep+0x" in line for line in lines)
+    start = shell(link, f"grep ' do_nanosleep[.]kw.*{everything.kmod}' /proc/kallsyms").split()[0]
+    perf = f"{int(start, 16) + 1:x} do_nanosleep.kw+0x1 ([kernel.kallsyms])"  # no generation
+    assert "do_nanosleep+0x" in symbolize(perf, lambda _: None, lambda: load_all(folder))
 
 
 @pytest.mark.parametrize("function", [SUBJECT, "schedule_timeout", "do_sys_poll"])

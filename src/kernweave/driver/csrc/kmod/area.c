@@ -27,7 +27,8 @@ static u64 kw_stamp = 1;      /* under kw_lock */
 static u64 kw_quiesced;       /* areas stamped up to here are free of visitors; kw_lock */
 static u64 kw_next_id = 1;
 
-#define KW_REAP_JIFFIES (HZ / 2)
+#define KW_FIRST_LOOKS 4  /* at the shortest pause, and at each that follows */
+#define KW_LONGEST_PAUSE 7 /* doublings of the shortest: a minute */
 #define KW_MOST_LOOKS 5 /* in a row */
 
 static void kw_idle_pass(struct work_struct *work)
@@ -120,8 +121,18 @@ static u32 kw_visitors(struct kw_code *code)
 	return code->weaving ? kw_weave_visitors(code) : kw_copies_visitors(code);
 }
 
+/*
+ * In jiffies, when looks in vain came before.  Who is waited for may sleep for days, and a
+ * look stops the machine: they become rare, as whoever stayed for long may stay as long again.
+ */
+unsigned long kw_pause_after(u32 looks)
+{
+	return (unsigned long)(HZ / 2) << min_t(u32, looks / KW_FIRST_LOOKS, KW_LONGEST_PAUSE);
+}
+
 static void kw_reap(struct work_struct *work);
 static DECLARE_DELAYED_WORK(kw_reaper, kw_reap);
+static u32 kw_reaps; /* since the last area was retired; under kw_lock */
 
 static void kw_reap(struct work_struct *work)
 {
@@ -141,7 +152,7 @@ static void kw_reap(struct work_struct *work)
 		kw_code_free(code);
 	}
 	if (visited)
-		schedule_delayed_work(&kw_reaper, KW_REAP_JIFFIES);
+		queue_delayed_work(kw_works, &kw_reaper, kw_pause_after(kw_reaps++));
 	mutex_unlock(&kw_lock);
 }
 
@@ -154,8 +165,9 @@ void kw_area_retire(struct kw_code *code)
 		__module_get(THIS_MODULE);
 		code->held = true;
 	}
+	kw_reaps = 0;
 	if (!code->users)
-		mod_delayed_work(system_wq, &kw_reaper, 0);
+		mod_delayed_work(kw_works, &kw_reaper, 0);
 }
 
 static bool kw_clones_are_left(void)
@@ -276,7 +288,7 @@ int kw_area_percpu(struct kw_session *s, const struct kw_slice *req, struct kw_o
 		return -ENOMEM;
 	chunk = &code->chunks[code->nr_chunks];
 	chunk->bytes = req->len;
-	chunk->mem = __alloc_percpu(req->len, 8);
+	chunk->mem = __alloc_percpu_gfp(req->len, 8, GFP_KERNEL | __GFP_NORETRY | __GFP_NOWARN);
 	if (!chunk->mem)
 		return -ENOMEM;
 	*rep = (struct kw_chunk){ code->nr_chunks++, (__force unsigned long)chunk->mem };

@@ -7,9 +7,9 @@
  * Those that were past the tracepoint when the first clones came are not on it.  They
  * would have to come to a clone after that, and sleep there until it is freed.
  */
+#include <linux/mempool.h>
 #include <linux/sched/task.h>
 #include <linux/sched/task_stack.h>
-#include <linux/slab.h>
 #include <linux/tracepoint.h>
 
 #include "weaving.h"
@@ -19,7 +19,11 @@ struct kw_exiting {
 	struct task_struct *task; /* a reference */
 };
 
+/* Tasks that may end at once when memory is short. */
+#define KW_RESERVE 1024
+
 static LIST_HEAD(kw_exiting);
+static mempool_t *kw_pool;
 static DEFINE_SPINLOCK(kw_exiting_lock);
 static bool kw_lost;      /* somebody is not on the list */
 static u32 kw_watchers;   /* under kw_lock */
@@ -48,14 +52,14 @@ static void kw_exiting_free(struct list_head *from)
 
 	list_for_each_entry_safe(e, next, from, link) {
 		put_task_struct(e->task);
-		kfree(e);
+		mempool_free(e, kw_pool);
 	}
 }
 
 /* The tracepoint's probe. */
 static void kw_task_exits(void *data, struct task_struct *task)
 {
-	struct kw_exiting *e = kmalloc(sizeof(*e), GFP_ATOMIC);
+	struct kw_exiting *e = mempool_alloc(kw_pool, GFP_ATOMIC | __GFP_NOWARN);
 	LIST_HEAD(gone);
 
 	if (!e) {
@@ -76,6 +80,19 @@ static void kw_find_tracepoint(struct tracepoint *tp, void *data)
 		kw_exit_tracepoint = tp;
 }
 
+static int kw_exiting_begin(void)
+{
+	int ret;
+
+	kw_pool = mempool_create_kmalloc_pool(KW_RESERVE, sizeof(struct kw_exiting));
+	if (!kw_pool)
+		return -ENOMEM;
+	ret = tracepoint_probe_register(kw_exit_tracepoint, kw_task_exits, NULL);
+	if (ret)
+		mempool_destroy(kw_pool);
+	return ret;
+}
+
 int kw_exiting_watch(void)
 {
 	int ret = 0;
@@ -86,7 +103,7 @@ int kw_exiting_watch(void)
 	if (!kw_exit_tracepoint)
 		return -EOPNOTSUPP;
 	if (!kw_watchers)
-		ret = tracepoint_probe_register(kw_exit_tracepoint, kw_task_exits, NULL);
+		ret = kw_exiting_begin();
 	if (!ret)
 		kw_watchers++;
 	return ret;
@@ -103,6 +120,7 @@ void kw_exiting_unwatch(void)
 	tracepoint_synchronize_unregister();
 	kw_exiting_drop(true, &rest);
 	kw_exiting_free(&rest);
+	mempool_destroy(kw_pool);
 	WRITE_ONCE(kw_lost, false);
 }
 

@@ -207,6 +207,8 @@ static bool kw_comes_back(const struct kw_code *code, struct task_struct *task)
 	struct unwind_state state;
 	const struct pt_regs *regs;
 
+	if (!kw_may_unwind(task))
+		return true;
 	unwind_start(&state, task, NULL, NULL);
 	for (; !unwind_done(&state); unwind_next_frame(&state)) {
 		regs = unwind_get_entry_regs(&state, NULL);

@@ -21,6 +21,7 @@
  * Many rounds take long, so a signal ends them before any batch; the undo of what
  * is armed and placed by then goes on to its end.
  */
+#include <linux/cpu.h>
 #include <linux/kdebug.h>
 #include <linux/ktime.h>
 #include <linux/notifier.h>
@@ -316,7 +317,9 @@ void kw_group_done(struct kw_txn *t)
 {
 	if (READ_ONCE(kw_arming) != t)
 		return;
+	cpus_read_lock();
 	kw_syms.poke_sync();
+	cpus_read_unlock();
 	WRITE_ONCE(kw_arming, NULL);
 }
 

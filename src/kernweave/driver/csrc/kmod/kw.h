@@ -13,6 +13,9 @@
 
 #define KW_KPROBE_BUCKETS 64 /* KPROBE_TABLE_SIZE, private to kernel/kprobes.c */
 
+/* For what may be large: it fails where the kernel would end processes. */
+#define KW_GFP (GFP_KERNEL | __GFP_RETRY_MAYFAIL | __GFP_NOWARN)
+
 #define KW_INT3 0xcc
 #define KW_JMP_OPCODE 0xe9
 #define KW_JMP_LEN 5
@@ -143,6 +146,7 @@ extern struct list_head kw_txns;   /* every live transaction; under text_mutex *
 extern struct list_head kw_pinned; /* transactions with stuck sites; under kw_lock */
 /* areas, transactions, the writer; before kprobe_mutex, which comes before text_mutex */
 extern struct mutex kw_lock;
+extern struct workqueue_struct *kw_works; /* what waits, and stops the machine */
 
 int kw_resolve(void);
 bool kw_is_endbr(unsigned long addr);
@@ -198,6 +202,7 @@ void kw_weave_mark(u64 addr, u64 len);
 bool kw_weave_close_marked(void);
 int kw_weave_leave_for(const struct kw_txn *t);
 bool kw_weavings_exist(void);
+bool kw_may_unwind(struct task_struct *task);
 void kw_livepatch_yield(void);
 void kw_text_yield(unsigned long addr, const u8 *bytes, size_t len, const u8 *emulate);
 
@@ -214,6 +219,9 @@ void kw_text_give_back(struct kw_txn *t, u32 i);
 void kw_text_flush(void);
 void kw_text_lock(void);
 void kw_text_unlock(void);
+void kw_poke_lock(void);
+void kw_poke_unlock(void);
+unsigned long kw_pause_after(u32 looks);
 
 void kw_poke_rows(struct kw_txn *t, const u32 *rows, u32 count, bool restore);
 void kw_poke_disarm(struct kw_txn *t, const u32 *rows, u32 count);
@@ -254,8 +262,8 @@ bool kw_is_trap(const struct kprobe *kp);
 void kw_ftrace_yield(void);
 void kw_kprobe_yield(unsigned long addr);
 void kw_yield_drain(void);
-void kw_yield_begin(void);
-void kw_yield_end(void);
+int kw_yield_begin(void);
+void kw_yield_end(int idx);
 void kw_yield_evict(u64 addr);
 
 #endif

@@ -6,10 +6,12 @@
 #include <linux/security.h>
 #include <linux/slab.h>
 #include <linux/uaccess.h>
+#include <linux/workqueue.h>
 
 #include "kw.h"
 
 DEFINE_MUTEX(kw_lock);
+struct workqueue_struct *kw_works;
 static struct kw_session *kw_writer; /* under kw_lock */
 
 /* Room for a reply payload; once per request.  NULL: the caller's buffer is too small. */
@@ -17,7 +19,7 @@ void *kw_reserve(struct kw_out *out, size_t bytes)
 {
 	if (bytes > out->cap || out->buf)
 		return NULL;
-	out->buf = kvzalloc(max_t(size_t, bytes, 8), GFP_KERNEL);
+	out->buf = kvzalloc(max_t(size_t, bytes, 8), KW_GFP);
 	if (out->buf)
 		out->len = bytes;
 	return out->buf;
@@ -208,7 +210,7 @@ static int kw_call(struct kw_session *s, struct kw_call *call)
 	if (call->rep_cap < sizeof(struct kw_rep))
 		return -EMSGSIZE;
 	out.cap = min_t(u64, call->rep_cap, KW_MAX_REPLY) - sizeof(struct kw_rep);
-	r = kvmalloc(call->req_len, GFP_KERNEL);
+	r = kvmalloc(call->req_len, KW_GFP);
 	if (!r)
 		return -ENOMEM;
 	if (copy_from_user(r, u64_to_user_ptr(call->req), call->req_len)) {
@@ -290,15 +292,18 @@ static struct miscdevice kw_device = {
 	.mode = 0600,
 };
 
-static int __init kw_init(void)
+static int __init kw_begin(void)
 {
 	int ret = kw_resolve();
 
 	if (ret)
 		return ret;
+	kw_works = alloc_workqueue(KBUILD_MODNAME, WQ_UNBOUND, 0);
+	if (!kw_works)
+		return -ENOMEM;
 	ret = kw_group_init();
 	if (ret)
-		return ret;
+		goto out_works;
 	ret = kw_going_init();
 	if (ret)
 		goto out_group;
@@ -311,6 +316,17 @@ out_going:
 	kw_going_exit();
 out_group:
 	kw_group_exit();
+out_works:
+	destroy_workqueue(kw_works);
+	return ret;
+}
+
+static int __init kw_init(void)
+{
+	int ret = kw_begin();
+
+	if (ret && kw_syms.module_mutex)
+		kw_unlist(THIS_MODULE);
 	return ret;
 }
 
@@ -324,6 +340,7 @@ static void __exit kw_exit(void)
 	kw_weave_exit();
 	kw_going_exit();
 	kw_group_exit();
+	destroy_workqueue(kw_works);
 	kw_unlist(THIS_MODULE);
 }
 

@@ -8,6 +8,7 @@
  * register: tracers do.  So after a grace period they are looked at again, until nobody
  * is found twice.  One more passes then.
  */
+#include <linux/delay.h>
 #include <linux/ftrace.h>
 #include <linux/kprobes.h>
 #include <linux/ktime.h>
@@ -21,7 +22,9 @@
 
 #define KW_SETTLE_JIFFIES max(HZ / 100, 1)
 #define KW_SETTLE_TRIES 500
+#define KW_SETTLE_MOST (32 * HZ) /* between tries: who stays may stay for days */
 #define KW_LOOKS 2 /* that must find nobody */
+#define KW_PACE 20 /* times what a stop took pass before the next one */
 
 static void kw_settle(struct work_struct *work);
 static DECLARE_DELAYED_WORK(kw_settler, kw_settle);
@@ -30,7 +33,7 @@ static unsigned long kw_pause; /* before the settler tries again; in jiffies */
 void kw_settle_soon(void)
 {
 	WRITE_ONCE(kw_pause, KW_SETTLE_JIFFIES);
-	mod_delayed_work(system_wq, &kw_settler, 0);
+	mod_delayed_work(kw_works, &kw_settler, 0);
 }
 
 struct kw_move {
@@ -134,7 +137,22 @@ static bool kw_move_return(struct kw_move *m, unsigned long *at)
 	return kw_move_place(m, at, *at - 1, kw_other_return(m, *at));
 }
 
-/* Whether a kprobe's jump is there, or may be soon, that begins before. */
+/* Whether one of our jumps that begins before is there, or may be soon. */
+static bool kw_is_in_window(u64 native)
+{
+	const struct kw_poke *p;
+	struct kw_txn *t;
+
+	list_for_each_entry(t, &kw_txns, global) {
+		p = kw_poke_around(t, native);
+		if (p && p->addr != native && t->states[p - t->pokes] != KW_RESTORED &&
+		    t->states[p - t->pokes] != KW_EVICTED)
+			return true;
+	}
+	return false;
+}
+
+/* Whether a jump that begins before is there, or may be soon; nobody changes the lists. */
 static bool kw_is_replaced(u64 native)
 {
 	struct kprobe *kp;
@@ -145,7 +163,7 @@ static bool kw_is_replaced(u64 native)
 		if (kp && !kprobe_ftrace(kp) && kw_may_jump(kp))
 			return true;
 	}
-	return false;
+	return kw_is_in_window(native);
 }
 
 /* Who is interrupted has arrived before it is moved in, and so is not counted there. */
@@ -215,7 +233,7 @@ static unsigned long *kw_return_at(const struct unwind_state *state)
 }
 
 /* The kernel warns of it where the return address may change: the task could run. */
-static bool kw_may_unwind(struct task_struct *task)
+bool kw_may_unwind(struct task_struct *task)
 {
 #ifdef CONFIG_RETHOOK
 	return task == current || !task->rethooks.first || !task_is_running(task);
@@ -294,7 +312,14 @@ static int kw_move_all(void *data)
 
 static void kw_move(struct kw_move *m)
 {
+	static ktime_t next; /* under kw_lock */
+	s64 early_us = ktime_us_delta(next, ktime_get());
+
+	lockdep_assert_held(&kw_lock);
+	if (early_us > 0)
+		fsleep(early_us);
 	stop_machine(kw_move_all, m, cpu_online_mask);
+	next = ktime_add_ns(ktime_get(), KW_PACE * m->stop_ns);
 }
 
 static u32 kw_move_some(struct kw_weaving *w)
@@ -332,8 +357,8 @@ static void kw_settle(struct work_struct *work)
 	mutex_unlock(&kw_lock);
 	if (!again)
 		return;
-	WRITE_ONCE(kw_pause, min_t(unsigned long, 2 * READ_ONCE(kw_pause), HZ));
-	schedule_delayed_work(&kw_settler, READ_ONCE(kw_pause));
+	WRITE_ONCE(kw_pause, min_t(unsigned long, 2 * READ_ONCE(kw_pause), KW_SETTLE_MOST));
+	queue_delayed_work(kw_works, &kw_settler, READ_ONCE(kw_pause));
 }
 
 bool kw_weavings_exist(void)
@@ -392,9 +417,9 @@ int kw_weave_leave_for(const struct kw_txn *t)
  */
 void kw_livepatch_yield(void)
 {
+	int idx = kw_yield_begin();
 	int tries;
 
-	kw_yield_begin();
 	for (tries = 0; tries < KW_SETTLE_TRIES; tries++) {
 		kw_settle_soon();
 		flush_delayed_work(&kw_settler);
@@ -404,13 +429,14 @@ void kw_livepatch_yield(void)
 	}
 	if (tries == KW_SETTLE_TRIES)
 		pr_warn("somebody stays in a clone of a function that is patched\n");
-	kw_yield_end();
+	kw_yield_end(idx);
 }
 
 void kw_weave_exit(void)
 {
 	cancel_delayed_work_sync(&kw_settler);
 	WARN_ON(!list_empty(&kw_weavings));
+	rcu_barrier_tasks();
 }
 
 /* Tasks that are, or were a moment ago, in clones; as far as is known. */

@@ -25,6 +25,7 @@ struct kw_wanted {
 #define MAY_DATA(field, ...) { &kw_syms.field, { __VA_ARGS__ }, true, false }
 
 static const struct kw_wanted kw_wanted[] = {
+	WANT_DATA(module_mutex, "module_mutex"), /* first: who fails after this needs it */
 	WANT(poke_queue, "text_poke_queue", "smp_text_poke_batch_add"),
 	WANT(poke_finish, "text_poke_finish", "smp_text_poke_batch_finish"),
 	WANT(poke, "text_poke"),
@@ -53,7 +54,6 @@ static const struct kw_wanted kw_wanted[] = {
 	WANT_DATA(kprobe_mutex, "kprobe_mutex"),
 	WANT(get_kprobe, "get_kprobe"),
 	WANT_DATA(modules, "modules"),
-	WANT_DATA(module_mutex, "module_mutex"),
 	WANT(module_text_address, "__module_text_address"),
 	MAY_DATA(smp_alt_modules, "smp_alt_modules"),
 	WANT_DATA(stext, "_stext"),

@@ -57,16 +57,17 @@ static void kw_fill_kmod(struct kw_kmod *k, struct module *m)
 int kw_kmods(struct kw_out *out)
 {
 	struct module *m;
-	struct kw_kmod *k;
+	struct kw_kmod *k, *end;
 	size_t n = 0;
 
 	mutex_lock(kw_syms.module_mutex);
 	list_for_each_entry(m, kw_syms.modules, list)
 		n += m->state == MODULE_STATE_LIVE;
 	k = kw_reserve(out, n * sizeof(*k));
-	if (k)
+	end = k + n;
+	if (k) /* one becomes alive without the mutex: there may be more by now */
 		list_for_each_entry(m, kw_syms.modules, list)
-			if (m->state == MODULE_STATE_LIVE)
+			if (m->state == MODULE_STATE_LIVE && k < end)
 				kw_fill_kmod(k++, m);
 	mutex_unlock(kw_syms.module_mutex);
 	return k ? 0 : -ENOSPC;

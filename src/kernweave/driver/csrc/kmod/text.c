@@ -12,6 +12,7 @@
  *   5. on a mismatch, undo the earlier batches and name the poke; undo them as
  *      well if a signal is pending before a batch: whoever asked may have died.
  */
+#include <linux/cpu.h>
 #include <linux/kprobes.h>
 #include <linux/memory.h>
 #include <linux/sched/signal.h>
@@ -48,17 +49,33 @@ void kw_look_for_kprobes(void)
 		kw_kprobes_exist |= !hlist_empty(&kw_syms.kprobe_table[i]);
 }
 
+/*
+ * For who writes int3: a CPU that is on its way up or down runs kernel text, and is not
+ * synchronised.
+ */
+void kw_poke_lock(void)
+{
+	cpus_read_lock();
+	mutex_lock(kw_syms.text_mutex);
+}
+
+void kw_poke_unlock(void)
+{
+	mutex_unlock(kw_syms.text_mutex);
+	cpus_read_unlock();
+}
+
 /* In the order of the kernel's own register_kprobe(). */
 void kw_text_lock(void)
 {
 	mutex_lock(kw_syms.kprobe_mutex);
-	mutex_lock(kw_syms.text_mutex);
+	kw_poke_lock();
 	kw_look_for_kprobes();
 }
 
 void kw_text_unlock(void)
 {
-	mutex_unlock(kw_syms.text_mutex);
+	kw_poke_unlock();
 	mutex_unlock(kw_syms.kprobe_mutex);
 }
 

@@ -18,7 +18,6 @@
 LIST_HEAD(kw_txns);
 LIST_HEAD(kw_pinned);
 
-#define KW_RETRY_JIFFIES (HZ / 2)
 
 struct kw_txn *kw_txn_find(struct kw_session *s, u64 id)
 {
@@ -35,10 +34,10 @@ void kw_txn_free(struct kw_txn *t)
 	u32 i;
 
 	if (!list_empty(&t->global)) {
-		mutex_lock(kw_syms.text_mutex);
+		kw_poke_lock();
 		list_del(&t->global);
 		kw_syms.poke_sync(); /* who hit somebody's int3 may be looking for it in t */
-		mutex_unlock(kw_syms.text_mutex);
+		kw_poke_unlock();
 	}
 	list_del(&t->link);
 	for (i = 0; i < t->nr_mods; i++)
@@ -156,6 +155,7 @@ int kw_forget(struct kw_session *s, const struct kw_size *req)
 
 static void kw_retry(struct work_struct *work);
 static DECLARE_DELAYED_WORK(kw_retrier, kw_retry);
+static u32 kw_retries; /* since the last one was pinned; under kw_lock */
 
 static void kw_report_stuck(struct kw_txn *t)
 {
@@ -176,7 +176,8 @@ static void kw_pin(struct kw_txn *t)
 	__module_get(THIS_MODULE);
 	t->pinned = true;
 	list_move(&t->link, &kw_pinned);
-	mod_delayed_work(system_wq, &kw_retrier, t->stamp ? 0 : KW_RETRY_JIFFIES);
+	kw_retries = 0;
+	mod_delayed_work(kw_works, &kw_retrier, t->stamp ? 0 : kw_pause_after(0));
 }
 
 static bool kw_any_held(void)
@@ -212,13 +213,14 @@ static void kw_retry(struct work_struct *work)
 		module_put(THIS_MODULE);
 	}
 	if (!list_empty(&kw_pinned))
-		schedule_delayed_work(&kw_retrier, KW_RETRY_JIFFIES);
+		queue_delayed_work(kw_works, &kw_retrier, kw_pause_after(kw_retries++));
 	mutex_unlock(&kw_lock);
 }
 
 /*
- * A new session finds nothing that only waits for a grace period: in the first
- * round springboards go, in the second their areas, and what had to outlive those.
+ * A new session finds nothing that only waits for a grace period, or for the next try:
+ * in the first round springboards go, in the second their areas, and what had to
+ * outlive those.
  */
 void kw_undo_settle(void)
 {
@@ -228,6 +230,7 @@ void kw_undo_settle(void)
 		kw_areas_settle();
 		flush_delayed_work(&kw_retrier);
 	}
+	flush_delayed_work(&kw_retrier);
 }
 
 /* Called with kw_lock held when a session ends, however it ends; never waits for a grace period. */

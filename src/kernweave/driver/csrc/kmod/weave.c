@@ -182,13 +182,18 @@ static struct module *kw_get_kmod(const char *name)
 	return found;
 }
 
-static void kw_weaving_free(struct kw_weaving *w)
+static void kw_weaving_free(struct rcu_head *gone)
+{
+	kfree(container_of(gone, struct kw_weaving, gone));
+}
+
+/* All but what it is itself. */
+static void kw_weaving_empty(struct kw_weaving *w)
 {
 	if (w->mod)
 		module_put(w->mod);
 	kvfree(w->rows);
 	kvfree(w->closed);
-	kfree(w);
 }
 
 /* What the native bytes are now; false: there is nothing the kernel would write. */
@@ -259,7 +264,8 @@ int kw_weave(struct kw_session *s, const struct kw_weave *req, const u8 *rows, s
 	struct kw_weaving *w;
 	int ret = -ENOMEM;
 
-	if (!IS_ENABLED(CONFIG_UNWINDER_ORC) || !kw_syms.idle_task || !kw_syms.kprobe_blacklist)
+	if (!IS_ENABLED(CONFIG_UNWINDER_ORC) || IS_ENABLED(CONFIG_PREEMPT_RT) ||
+	    !kw_syms.idle_task || !kw_syms.kprobe_blacklist)
 		return -EOPNOTSUPP;
 	if (!code)
 		return -ENOENT;
@@ -271,8 +277,8 @@ int kw_weave(struct kw_session *s, const struct kw_weave *req, const u8 *rows, s
 	if (!w)
 		return -ENOMEM;
 	w->n = *req;
-	w->rows = kvmalloc(len ?: 1, GFP_KERNEL);
-	w->closed = kvzalloc(min(req->entries, KW_MAX_ROWS) + 1, GFP_KERNEL);
+	w->rows = kvmalloc(len ?: 1, KW_GFP);
+	w->closed = kvzalloc(min(req->entries, KW_MAX_ROWS) + 1, KW_GFP);
 	if (!w->rows || !w->closed)
 		goto fail;
 	memcpy(w->rows, rows, len);
@@ -299,11 +305,15 @@ int kw_weave(struct kw_session *s, const struct kw_weave *req, const u8 *rows, s
 	code->sealed = true;
 	return 0;
 fail:
-	kw_weaving_free(w);
+	kw_weaving_empty(w);
+	kfree(w);
 	return ret;
 }
 
-/* Nobody is in a clone. */
+/*
+ * Nobody is in a clone.  Who looks whether a kprobe is denied holds no lock, and in newer
+ * kernels is in no RCU section either, but never sleeps there.
+ */
 void kw_weave_free(struct kw_code *code)
 {
 	struct kw_weaving *w = code->weaving;
@@ -312,9 +322,9 @@ void kw_weave_free(struct kw_code *code)
 	list_del(&w->link);
 	list_del_rcu(&w->denied.list);
 	kw_text_unlock();
-	synchronize_rcu(); /* who looks whether a kprobe is denied holds no lock */
 	kw_exiting_unwatch();
-	kw_weaving_free(w);
+	kw_weaving_empty(w);
+	call_rcu_tasks(&w->gone, kw_weaving_free);
 }
 
 /* ---- close ---- */
@@ -392,10 +402,10 @@ void kw_weave_close(struct kw_code *code)
 
 	w->looks = 0;
 	while (row < w->n.entries) {
-		mutex_lock(kw_syms.text_mutex);
+		kw_poke_lock();
 		row = kw_close_batch(w, row);
 		w->closing = true;
-		mutex_unlock(kw_syms.text_mutex);
+		kw_poke_unlock();
 		cond_resched();
 	}
 }
@@ -535,14 +545,15 @@ void kw_text_yield(unsigned long addr, const u8 *bytes, size_t len, const u8 *em
 {
 	struct kw_weaving *w;
 	bool marked = false; /* by this call, not by one that is going to mark more */
+	int idx;
 
 	if (kw_mirroring || list_empty(&kw_weavings))
 		return;
-	kw_yield_begin();
+	idx = kw_yield_begin();
 	list_for_each_entry(w, &kw_weavings, link)
 		if (!kw_mirror(w, addr, bytes, len, emulate) && !kw_is_own(w, addr, bytes, len))
 			marked |= kw_mark_around(w, addr, len);
 	if (marked)
 		kw_weave_close_marked();
-	kw_yield_end();
+	kw_yield_end(idx);
 }

@@ -28,6 +28,7 @@ struct kw_weaving {
 	bool closing; /* somebody may still be in what is closed */
 	u32 looks;    /* one after another that found nobody in any clone; under kw_lock */
 	struct kprobe_blacklist_entry denied; /* no kprobes on clones */
+	struct rcu_head gone;
 };
 
 extern struct list_head kw_weavings; /* under text_mutex */

@@ -12,13 +12,13 @@
  * where an instruction begins, and would find none inside of what a jump replaced.
  */
 #include <linux/ftrace.h>
-#include <linux/wait.h>
+#include <linux/srcu.h>
 
 #include "kw.h"
 
 static atomic_t kw_inside = ATOMIC_INIT(0);
 static atomic_t kw_entered = ATOMIC_INIT(0); /* how often, ever; may wrap */
-static DECLARE_WAIT_QUEUE_HEAD(kw_left);
+DEFINE_STATIC_SRCU(kw_yielding);
 
 static bool kw_any_sites(void)
 {
@@ -67,17 +67,20 @@ static void kw_give_back(u64 addr)
 	kw_weave_mark(addr, KW_JMP_LEN);
 }
 
-/* Somebody whose stack has the address of a trampoline on it is going to sleep. */
-void kw_yield_begin(void)
+/* Somebody whose stack has the address of a trampoline on it is going to sleep; for the end. */
+int kw_yield_begin(void) __acquires(&kw_yielding)
 {
+	int idx = srcu_read_lock(&kw_yielding);
+
 	atomic_inc(&kw_inside);
 	atomic_inc(&kw_entered);
+	return idx;
 }
 
-void kw_yield_end(void)
+void kw_yield_end(int idx) __releases(&kw_yielding)
 {
-	if (atomic_dec_and_test(&kw_inside))
-		wake_up(&kw_left);
+	atomic_dec(&kw_inside);
+	srcu_read_unlock(&kw_yielding, idx);
 }
 
 /*
@@ -88,8 +91,8 @@ void kw_yield_end(void)
 void kw_ftrace_yield(void)
 {
 	struct ftrace_rec_iter *it;
+	int idx = kw_yield_begin();
 
-	kw_yield_begin();
 	for (it = kw_any_sites() ? kw_syms.rec_start() : NULL; it; it = kw_syms.rec_next(it)) {
 		struct dyn_ftrace *rec = kw_syms.rec_record(it);
 
@@ -99,33 +102,37 @@ void kw_ftrace_yield(void)
 	}
 	kw_text_flush();
 	kw_weave_close_marked();
-	kw_yield_end();
+	kw_yield_end(idx);
 }
 
 /* Called in the same way with the address at which a kprobe is going to be put. */
 void kw_kprobe_yield(unsigned long addr)
 {
-	kw_yield_begin();
+	int idx = kw_yield_begin();
+
 	kw_look_for_kprobes();
 	kw_evict_around(addr);
 	kw_weave_mark(addr, 1);
 	kw_text_flush();
 	kw_weave_close_marked();
-	kw_yield_end();
+	kw_yield_end(idx);
 }
 
 /*
  * Wait until every task has left every unreachable trampoline.  A grace period
  * is not enough for one that slept in a yield meanwhile: it still has
- * the end of its trampoline before it.
+ * the end of its trampoline before it.  Then who is in a yield by now is waited for,
+ * and one more grace period; who yields later came by another trampoline, so there is
+ * an end to it however often others patch.
  */
 void kw_yield_drain(void)
 {
-	int before;
+	int before = atomic_read(&kw_entered);
+	bool inside = atomic_read(&kw_inside);
 
-	do {
-		before = atomic_read(&kw_entered);
-		wait_event(kw_left, !atomic_read(&kw_inside));
-		synchronize_rcu_tasks();
-	} while (before != atomic_read(&kw_entered));
+	synchronize_rcu_tasks();
+	if (!inside && before == atomic_read(&kw_entered))
+		return;
+	synchronize_srcu(&kw_yielding);
+	synchronize_rcu_tasks();
 }
