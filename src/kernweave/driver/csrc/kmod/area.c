@@ -41,17 +41,20 @@ static void kw_idle_pass(struct work_struct *work)
  */
 static void kw_pass_idle_tasks(void)
 {
-	struct work_struct work;
+	static DEFINE_PER_CPU(struct work_struct, works);
+	static DEFINE_MUTEX(one); /* at a time */
 	int cpu;
 
+	mutex_lock(&one);
 	cpus_read_lock();
 	for_each_online_cpu(cpu) {
-		INIT_WORK_ONSTACK(&work, kw_idle_pass);
-		schedule_work_on(cpu, &work);
-		flush_work(&work);
-		destroy_work_on_stack(&work);
+		INIT_WORK(per_cpu_ptr(&works, cpu), kw_idle_pass);
+		schedule_work_on(cpu, per_cpu_ptr(&works, cpu));
 	}
+	for_each_online_cpu(cpu)
+		flush_work(per_cpu_ptr(&works, cpu));
 	cpus_read_unlock();
+	mutex_unlock(&one);
 }
 
 /* May sleep for a tenth of a second, so kw_lock is held only at both ends. */
