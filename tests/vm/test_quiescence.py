@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from guest import JUMPS, assert_exact, program, read_text, target
+import signal
+
+from guest import ENV, JUMPS, LONGEST_S, assert_exact, program, read_text, shell, target
 from parked import IDLE, come_and_go
 
 import kernweave
@@ -58,18 +60,42 @@ def test_whoever_is_told_of_an_int3_before_the_driver_is_left_alone(machine: Lab
         assert {one.reason for one in verdicts} == {Reason.DENYLIST}, names
 
 
+ONLINE = "/sys/devices/system/cpu/cpu1/online"
+
+
+def test_jumps_and_clones_come_and_go_while_cpus_do(machine: Lab) -> None:
+    """The other way round, too: CPUs come and go although text is written all the time."""
+    before = read_text(machine)
+    flips = f"for i in $(seq 1000); do echo 0 > {ONLINE}; echo 1 > {ONLINE}; echo $i; done"
+    with machine.connect() as link, kernweave.connect(target(machine)) as session:
+        link.exec_start(["sh", "-c", flips], env=ENV, cwd="/", fresh=True)
+        for _ in range(4):
+            with session.splice(*(f"{name}@insns" for name in IDLE), partial=True) as spliced:
+                session.run([program("mixed"), "1"], check=True)
+            with session.weave("vmlinux:vfs_*@blocks", "cpu*@insns", partial=True) as woven:
+                session.run([program("mixed"), "1"], check=True)
+            assert spliced.text_restored and woven.text_restored and not woven.in_flight
+            assert sum(row.hits for row in woven.rows()) > 0
+        link.signal(signal.SIGKILL)
+        said = b"".join(data for _, data in link.exec_events(LONGEST_S) if isinstance(data, bytes))
+        print(f"cpu1 came and went {len(said.split())} times")
+        assert len(said.split()) > 4
+        shell(link, f"echo 1 > {ONLINE} || true")
+    assert not before.changed(read_text(machine))
+    assert_exact(machine)
+
+
 def test_cpu_that_goes_and_comes_finds_its_text(machine: Lab) -> None:
     """What a CPU that is off sleeps in is left alone; groups are put around it meanwhile."""
-    online = "/sys/devices/system/cpu/cpu1/online"
     points = [f"{name}@insns" for name in (*IDLE, "native_play_dead", "mwait_play_dead")]
     with kernweave.connect(target(machine)) as session:
-        session.run(["sh", "-c", f"echo 0 > {online}"], check=True)
+        session.run(["sh", "-c", f"echo 0 > {ONLINE}"], check=True)
         with session.count(*points, partial=True, tactics=JUMPS) as hits:
-            session.run(["sh", "-c", f"echo 1 > {online}"], check=True)
+            session.run(["sh", "-c", f"echo 1 > {ONLINE}"], check=True)
             session.sleep(0.1)
-            session.run(["sh", "-c", f"echo 0 > {online}"], check=True)
+            session.run(["sh", "-c", f"echo 0 > {ONLINE}"], check=True)
         assert hits.text_restored
         assert hits.exact().all()
-        session.run(["sh", "-c", f"echo 1 > {online}"], check=True)
+        session.run(["sh", "-c", f"echo 1 > {ONLINE}"], check=True)
         session.sleep(0.1)
     assert_exact(machine)
