@@ -135,24 +135,28 @@ def _drop_old(folder: Path) -> None:
     newest = sorted(_files(folder), key=lambda path: int(path.stem.rpartition("_")[2]))
     for path in newest[:-_KEPT]:
         path.unlink(missing_ok=True)
+    for part in folder.glob("kernweave_*.part"):  # of who was killed
+        if not part.with_suffix(".npz").exists():
+            part.unlink(missing_ok=True)
 
 
 def save_names(folder: Path, kmod: str, names: Names) -> None:
     """Keep the names of a generation."""
     columns = {name: getattr(names, name) for name in Names.__dataclass_fields__}
     columns["base"] = np.uint64(names.base)
-    np.savez(folder / f"{kmod}.npz", **{**columns, "names": np.array(names.names)})
+    part = folder / f"{kmod}.part"
+    with part.open("wb") as file:
+        np.savez(file, **{**columns, "names": np.array(names.names)})
+    part.replace(folder / f"{kmod}.npz")
 
 
 def load_names(folder: Path, kmod: str) -> Names | None:
     """The names of a generation; None if they are not there any more."""
-    path = folder / f"{kmod}.npz"
-    if not path.exists() or not path.stat().st_size:
+    try:
+        with np.load(folder / f"{kmod}.npz") as found:
+            columns = {name: found[name] for name in Names.__dataclass_fields__}
+    except (OSError, EOFError, KeyError):  # gone, claimed only, of another version
         return None
-    with np.load(path) as found:
-        if set(found.files) != set(Names.__dataclass_fields__):  # of another version
-            return None
-        columns = {name: found[name] for name in Names.__dataclass_fields__}
     scalars = {"names": tuple(columns["names"].tolist()), "base": int(columns["base"])}
     return Names(**{**columns, **scalars})
 

@@ -27,8 +27,9 @@ static u64 kw_stamp = 1;      /* under kw_lock */
 static u64 kw_quiesced;       /* areas stamped up to here are free of visitors; kw_lock */
 static u64 kw_next_id = 1;
 
-#define KW_FIRST_LOOKS 4  /* at the shortest pause, and at each that follows */
-#define KW_LONGEST_PAUSE 7 /* doublings of the shortest: a minute */
+#define KW_SHORTEST_PAUSE ((unsigned long)HZ / 2)
+#define KW_LONGEST_PAUSE (64ul * HZ)
+#define KW_PERCPU_TRIES 3 /* each gives up rather than that the kernel ends processes */
 #define KW_MOST_LOOKS 5 /* in a row */
 
 static void kw_idle_pass(struct work_struct *work)
@@ -125,37 +126,44 @@ static u32 kw_visitors(struct kw_code *code)
 }
 
 /*
- * In jiffies, when looks in vain came before.  Who is waited for may sleep for days, and a
- * look stops the machine: they become rare, as whoever stayed for long may stay as long again.
+ * How long to wait for what has been waited for since then, in jiffies.  Who is waited for
+ * may sleep for days, and a look stops the machine.
  */
-unsigned long kw_pause_after(u32 looks)
+unsigned long kw_pause_since(unsigned long since)
 {
-	return (unsigned long)(HZ / 2) << min_t(u32, looks / KW_FIRST_LOOKS, KW_LONGEST_PAUSE);
+	return clamp((jiffies - since) / 8, KW_SHORTEST_PAUSE, KW_LONGEST_PAUSE);
 }
 
 static void kw_reap(struct work_struct *work);
 static DECLARE_DELAYED_WORK(kw_reaper, kw_reap);
-static u32 kw_reaps; /* since the last area was retired; under kw_lock */
+static unsigned long kw_retired_at; /* the last one, in jiffies; under kw_lock */
 
 static void kw_reap(struct work_struct *work)
 {
 	struct kw_code *code, *next;
-	bool visited = false;
+	bool visited = false, empty = false, freed = false;
+	u32 visitors;
 
 	kw_quiesce();
 	mutex_lock(&kw_lock);
 	list_for_each_entry_safe(code, next, &kw_retired, link) {
 		if (!kw_code_is_free(code))
 			continue;
-		if (kw_visitors(code) || !kw_code_is_free(code)) {
+		visitors = kw_visitors(code);
+		if (visitors || !kw_code_is_free(code)) {
 			visited = true;
+			empty |= !visitors; /* one more look is needed */
 			continue;
 		}
 		list_del(&code->link);
 		kw_code_free(code);
+		freed = true;
 	}
 	if (visited)
-		queue_delayed_work(kw_works, &kw_reaper, kw_pause_after(kw_reaps++));
+		queue_delayed_work(kw_works, &kw_reaper,
+				   empty ? KW_SHORTEST_PAUSE : kw_pause_since(kw_retired_at));
+	if (freed)
+		kw_undo_soon();
 	mutex_unlock(&kw_lock);
 }
 
@@ -168,9 +176,8 @@ void kw_area_retire(struct kw_code *code)
 		__module_get(THIS_MODULE);
 		code->held = true;
 	}
-	kw_reaps = 0;
-	if (!code->users)
-		mod_delayed_work(kw_works, &kw_reaper, 0);
+	kw_retired_at = jiffies;
+	mod_delayed_work(kw_works, &kw_reaper, 0);
 }
 
 static bool kw_clones_are_left(void)
@@ -280,6 +287,7 @@ int kw_area_percpu(struct kw_session *s, const struct kw_slice *req, struct kw_o
 	struct kw_chunk *rep = kw_reserve(out, sizeof(*rep));
 	struct kw_code *code = kw_area_find(s, req->area);
 	struct kw_percpu *chunk;
+	u32 i;
 
 	if (!rep)
 		return -ENOSPC;
@@ -291,7 +299,9 @@ int kw_area_percpu(struct kw_session *s, const struct kw_slice *req, struct kw_o
 		return -ENOMEM;
 	chunk = &code->chunks[code->nr_chunks];
 	chunk->bytes = req->len;
-	chunk->mem = __alloc_percpu_gfp(req->len, 8, GFP_KERNEL | __GFP_NORETRY | __GFP_NOWARN);
+	for (i = 0, chunk->mem = NULL; i < KW_PERCPU_TRIES && !chunk->mem; i++)
+		chunk->mem = __alloc_percpu_gfp(req->len, 8,
+						GFP_KERNEL | __GFP_NORETRY | __GFP_NOWARN);
 	if (!chunk->mem)
 		return -ENOMEM;
 	*rep = (struct kw_chunk){ code->nr_chunks++, (__force unsigned long)chunk->mem };

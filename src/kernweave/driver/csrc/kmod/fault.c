@@ -116,7 +116,7 @@ int kw_copies_set(struct kw_session *s, const struct kw_slice *req, const struct
 		return -EPERM;
 	if (!kw_is_asked(s))
 		return -ENOLINK;
-	code->copies = kvcalloc(req->len, sizeof(*code->copies), GFP_KERNEL);
+	code->copies = kw_alloc(array_size(req->len, sizeof(*code->copies)), __GFP_ZERO);
 	if (!code->copies)
 		return -ENOMEM;
 	for (i = 0; i < req->len; i++)

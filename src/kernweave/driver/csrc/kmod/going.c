@@ -12,7 +12,10 @@
 
 #define KW_GENERATION KBUILD_MODNAME "_"
 
-/* May sleep.  Nobody finds it by name afterwards; by an address, until it is freed. */
+/*
+ * May sleep.  Nobody finds it by name afterwards; by an address, until it is freed.  Who
+ * loads another of that name meanwhile fails, for there is one in sysfs.
+ */
 void kw_unlist(struct module *mod)
 {
 	mutex_lock(kw_syms.module_mutex);

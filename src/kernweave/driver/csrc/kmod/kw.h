@@ -13,9 +13,6 @@
 
 #define KW_KPROBE_BUCKETS 64 /* KPROBE_TABLE_SIZE, private to kernel/kprobes.c */
 
-/* For what may be large: it fails where the kernel would end processes. */
-#define KW_GFP (GFP_KERNEL | __GFP_RETRY_MAYFAIL | __GFP_NOWARN)
-
 #define KW_INT3 0xcc
 #define KW_JMP_OPCODE 0xe9
 #define KW_JMP_LEN 5
@@ -33,6 +30,7 @@ struct kw_out {
 	size_t len; /* payload bytes */
 	size_t cap; /* payload bytes the caller can take */
 	u32 detail;
+	bool nomem; /* there was no memory for it */
 };
 
 struct kw_weaving;
@@ -221,7 +219,8 @@ void kw_text_lock(void);
 void kw_text_unlock(void);
 void kw_poke_lock(void);
 void kw_poke_unlock(void);
-unsigned long kw_pause_after(u32 looks);
+unsigned long kw_pause_since(unsigned long since);
+void *kw_alloc(size_t bytes, gfp_t zero);
 
 void kw_poke_rows(struct kw_txn *t, const u32 *rows, u32 count, bool restore);
 void kw_poke_disarm(struct kw_txn *t, const u32 *rows, u32 count);
@@ -251,6 +250,7 @@ struct kw_txn *kw_txn_find(struct kw_session *s, u64 id);
 void kw_undo_session(struct kw_session *s);
 void kw_undo_exit(void);
 void kw_undo_settle(void);
+void kw_undo_soon(void);
 
 int kw_trap_arm(struct kw_session *s, const struct kw_commit *req, const struct kw_trap *traps,
 		size_t len, struct kw_out *out);

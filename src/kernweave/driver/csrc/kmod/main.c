@@ -6,6 +6,7 @@
 #include <linux/security.h>
 #include <linux/slab.h>
 #include <linux/uaccess.h>
+#include <linux/vmalloc.h>
 #include <linux/workqueue.h>
 
 #include "kw.h"
@@ -14,12 +15,27 @@ DEFINE_MUTEX(kw_lock);
 struct workqueue_struct *kw_works;
 static struct kw_session *kw_writer; /* under kw_lock */
 
-/* Room for a reply payload; once per request.  NULL: the caller's buffer is too small. */
+/*
+ * For what may be large, freed by kvfree(): fails where the kernel would end processes, and
+ * looks for no pages in a row.
+ */
+void *kw_alloc(size_t bytes, gfp_t zero)
+{
+	if (bytes <= PAGE_SIZE)
+		return kmalloc(max_t(size_t, bytes, 8), GFP_KERNEL | zero);
+	return __vmalloc(bytes, GFP_KERNEL | __GFP_RETRY_MAYFAIL | __GFP_NOWARN | zero);
+}
+
+/*
+ * Room for a reply payload; once per request.  NULL: the caller's buffer is too small, or
+ * there is no memory.
+ */
 void *kw_reserve(struct kw_out *out, size_t bytes)
 {
 	if (bytes > out->cap || out->buf)
 		return NULL;
-	out->buf = kvzalloc(max_t(size_t, bytes, 8), KW_GFP);
+	out->buf = kw_alloc(bytes, __GFP_ZERO);
+	out->nomem = !out->buf;
 	if (out->buf)
 		out->len = bytes;
 	return out->buf;
@@ -210,7 +226,7 @@ static int kw_call(struct kw_session *s, struct kw_call *call)
 	if (call->rep_cap < sizeof(struct kw_rep))
 		return -EMSGSIZE;
 	out.cap = min_t(u64, call->rep_cap, KW_MAX_REPLY) - sizeof(struct kw_rep);
-	r = kvmalloc(call->req_len, KW_GFP);
+	r = kw_alloc(call->req_len, 0);
 	if (!r)
 		return -ENOMEM;
 	if (copy_from_user(r, u64_to_user_ptr(call->req), call->req_len)) {
@@ -219,6 +235,8 @@ static int kw_call(struct kw_session *s, struct kw_call *call)
 		ret = -EBADMSG;
 	} else {
 		ret = kw_dispatch(s, r, &out);
+		if (ret == -ENOSPC && out.nomem)
+			ret = -ENOMEM;
 		if (ret != -EINTR) /* nothing is done: the caller decides whether it asks again */
 			ret = kw_reply(call, r, ret, &out);
 	}

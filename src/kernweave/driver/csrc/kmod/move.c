@@ -21,10 +21,11 @@
 #include "weaving.h"
 
 #define KW_SETTLE_JIFFIES max(HZ / 100, 1)
-#define KW_SETTLE_TRIES 500
+#define KW_SETTLE_AT_MOST (10 * HZ) /* for who waits until closed functions are left */
 #define KW_SETTLE_MOST (32 * HZ) /* between tries: who stays may stay for days */
 #define KW_LOOKS 2 /* that must find nobody */
-#define KW_PACE 20 /* times what a stop took pass before the next one */
+#define KW_PACE 20 /* times what a stop took pass before the next one, at most that much */
+#define KW_PACE_MOST_NS (NSEC_PER_SEC / 2)
 
 static void kw_settle(struct work_struct *work);
 static DECLARE_DELAYED_WORK(kw_settler, kw_settle);
@@ -146,7 +147,7 @@ static bool kw_is_in_window(u64 native)
 	list_for_each_entry(t, &kw_txns, global) {
 		p = kw_poke_around(t, native);
 		if (p && p->addr != native && t->states[p - t->pokes] != KW_RESTORED &&
-		    t->states[p - t->pokes] != KW_EVICTED)
+		    !(t->states[p - t->pokes] == KW_EVICTED && kw_text_matches(p, p->old)))
 			return true;
 	}
 	return false;
@@ -319,7 +320,7 @@ static void kw_move(struct kw_move *m)
 	if (early_us > 0)
 		fsleep(early_us);
 	stop_machine(kw_move_all, m, cpu_online_mask);
-	next = ktime_add_ns(ktime_get(), KW_PACE * m->stop_ns);
+	next = ktime_add_ns(ktime_get(), min_t(s64, KW_PACE * m->stop_ns, KW_PACE_MOST_NS));
 }
 
 static u32 kw_move_some(struct kw_weaving *w)
@@ -385,20 +386,21 @@ static bool kw_is_closing(void)
  */
 int kw_weave_leave_for(const struct kw_txn *t)
 {
+	unsigned long end = jiffies + KW_SETTLE_AT_MOST;
 	bool found;
 	u32 i;
 
 	lockdep_assert_held(&kw_lock);
 	if (list_empty(&kw_weavings))
 		return 0;
-	mutex_lock(kw_syms.text_mutex);
+	kw_poke_lock();
 	for (i = 0; i < t->count; i++)
 		kw_weave_mark(t->pokes[i].addr, t->pokes[i].len);
 	found = kw_weave_close_marked();
-	mutex_unlock(kw_syms.text_mutex);
+	kw_poke_unlock();
 	if (!found && !kw_is_closing())
 		return 0;
-	for (i = 0; i < KW_SETTLE_TRIES && kw_is_closing(); i++) {
+	while (time_before(jiffies, end) && kw_is_closing()) {
 		mutex_unlock(&kw_lock);
 		kw_quiesce();
 		kw_settle_soon();
@@ -417,17 +419,17 @@ int kw_weave_leave_for(const struct kw_txn *t)
  */
 void kw_livepatch_yield(void)
 {
+	unsigned long end = jiffies + KW_SETTLE_AT_MOST;
 	int idx = kw_yield_begin();
-	int tries;
 
-	for (tries = 0; tries < KW_SETTLE_TRIES; tries++) {
+	for (;;) {
 		kw_settle_soon();
 		flush_delayed_work(&kw_settler);
-		if (!kw_is_closing())
+		if (!kw_is_closing() || time_after(jiffies, end))
 			break;
 		schedule_timeout_uninterruptible(KW_SETTLE_JIFFIES);
 	}
-	if (tries == KW_SETTLE_TRIES)
+	if (kw_is_closing())
 		pr_warn("somebody stays in a clone of a function that is patched\n");
 	kw_yield_end(idx);
 }

@@ -364,8 +364,8 @@ static struct kw_txn *kw_txn_alloc(const struct kw_poke *pokes, u32 count)
 	INIT_LIST_HEAD(&t->link);
 	INIT_LIST_HEAD(&t->global);
 	t->count = count;
-	t->states = kvzalloc(count, GFP_KERNEL);
-	t->pokes = kvmalloc_array(count, sizeof(*pokes), GFP_KERNEL);
+	t->states = kw_alloc(count, __GFP_ZERO);
+	t->pokes = kw_alloc(array_size(count, sizeof(*pokes)), 0);
 	if (!t->states || !t->pokes) {
 		kw_txn_free(t);
 		return NULL;

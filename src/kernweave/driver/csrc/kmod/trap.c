@@ -78,8 +78,8 @@ static struct kw_set *kw_set_alloc(struct kw_session *s, struct kw_code *code, u
 	set->count = count;
 	set->code = code;
 	list_add_tail(&set->link, &s->sets);
-	set->probes = kvcalloc(count, sizeof(*set->probes), GFP_KERNEL);
-	set->armed = kvcalloc(count, sizeof(*set->armed), GFP_KERNEL);
+	set->probes = kw_alloc(array_size(count, sizeof(*set->probes)), __GFP_ZERO);
+	set->armed = kw_alloc(array_size(count, sizeof(*set->armed)), __GFP_ZERO);
 	if (!set->probes || !set->armed) {
 		kw_set_free(set);
 		return NULL;

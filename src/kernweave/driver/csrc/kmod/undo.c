@@ -155,7 +155,9 @@ int kw_forget(struct kw_session *s, const struct kw_size *req)
 
 static void kw_retry(struct work_struct *work);
 static DECLARE_DELAYED_WORK(kw_retrier, kw_retry);
-static u32 kw_retries; /* since the last one was pinned; under kw_lock */
+static unsigned long kw_pinned_at; /* the last one, in jiffies; under kw_lock */
+
+#define KW_RETRY_MOST (4ul * HZ)
 
 static void kw_report_stuck(struct kw_txn *t)
 {
@@ -176,8 +178,8 @@ static void kw_pin(struct kw_txn *t)
 	__module_get(THIS_MODULE);
 	t->pinned = true;
 	list_move(&t->link, &kw_pinned);
-	kw_retries = 0;
-	mod_delayed_work(kw_works, &kw_retrier, t->stamp ? 0 : kw_pause_after(0));
+	kw_pinned_at = jiffies;
+	mod_delayed_work(kw_works, &kw_retrier, t->stamp ? 0 : kw_pause_since(kw_pinned_at));
 }
 
 static bool kw_any_held(void)
@@ -213,8 +215,17 @@ static void kw_retry(struct work_struct *work)
 		module_put(THIS_MODULE);
 	}
 	if (!list_empty(&kw_pinned))
-		queue_delayed_work(kw_works, &kw_retrier, kw_pause_after(kw_retries++));
+		queue_delayed_work(kw_works, &kw_retrier,
+				   min(kw_pause_since(kw_pinned_at), KW_RETRY_MOST));
 	mutex_unlock(&kw_lock);
+}
+
+/* Something was freed that a pinned transaction may have waited for. */
+void kw_undo_soon(void)
+{
+	lockdep_assert_held(&kw_lock);
+	if (!list_empty(&kw_pinned))
+		mod_delayed_work(kw_works, &kw_retrier, 0);
 }
 
 /*

@@ -277,8 +277,8 @@ int kw_weave(struct kw_session *s, const struct kw_weave *req, const u8 *rows, s
 	if (!w)
 		return -ENOMEM;
 	w->n = *req;
-	w->rows = kvmalloc(len ?: 1, KW_GFP);
-	w->closed = kvzalloc(min(req->entries, KW_MAX_ROWS) + 1, KW_GFP);
+	w->rows = kw_alloc(len, 0);
+	w->closed = kw_alloc(min(req->entries, KW_MAX_ROWS), __GFP_ZERO);
 	if (!w->rows || !w->closed)
 		goto fail;
 	memcpy(w->rows, rows, len);
