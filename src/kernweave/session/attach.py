@@ -350,7 +350,9 @@ def check_refusals(decision: Verdict, partial: bool) -> None:
         notes.append(f"and {len(triples) - 8} more")
     wanted = len(triples) + int(placed.sum())
     if not wanted:
-        raise RefusedError("there is no such point in what is named", [])
+        raise RefusedError(
+            "what is named has no such points", [], help="see what it has: kernweave show FUNCTION"
+        )
     raise RefusedError(
         f"cannot place {len(triples)} of {wanted} points",
         triples,

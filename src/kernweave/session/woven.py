@@ -112,22 +112,26 @@ class Clonable:
         if why is Why.WOVEN:
             return _PARTED
         if why is Why.DENIED:
-            return self._denied(int(self.source.tables.instructions.function[insn]))
+            return self._why_denied(int(self.source.tables.instructions.function[insn]))
         plain = f"its block cannot be cloned ({why.name.lower()})"
         return _WORDS.get(why, (Reason.NO_CLONE, plain))
 
-    def _denied(self, function: int) -> tuple[Reason, str]:
-        """Whose range is in a function, or in a part of it."""
+    def _why_denied(self, function: int) -> tuple[Reason, str]:
+        home = self.source.tables.functions.parent[function]
+        found = (words for words in _DENIED if self._denied[words[0]][home])
+        return next(found, _WORDS[Why.DENIED])
+
+    @cached_property
+    def _denied(self) -> dict[Reason, npt.NDArray[np.bool_]]:
+        """bool[f] for each reason of _DENIED: whose range is in a function, or in a part of it."""
         functions = self.source.tables.functions
-        parts = np.flatnonzero(functions.parent == functions.parent[function])
-        starts = functions.addr[parts]
-        ends = starts + np.maximum(functions.size[parts], 1).astype(np.uint64)
-        found = {
-            ranges.reason
-            for ranges in self.source.sites.ranges
-            if ranges.overlap(starts, ends).any()
-        }
-        return next((words for words in _DENIED if words[0] in found), _WORDS[Why.DENIED])
+        ends = functions.addr + np.maximum(functions.size, 1).astype(np.uint64)
+        found = {reason: np.zeros(len(ends), bool) for reason, _ in _DENIED}
+        for ranges in self.source.sites.ranges:
+            if ranges.reason in found:
+                touched = ranges.overlap(functions.addr, ends)
+                found[ranges.reason][functions.parent[touched]] = True
+        return found
 
 
 def find_clonable(resolved: Resolved, source: Source, rules: Rules) -> Clonable:

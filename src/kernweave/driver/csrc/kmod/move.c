@@ -22,7 +22,7 @@
 
 #define KW_SETTLE_JIFFIES max(HZ / 100, 1)
 #define KW_SETTLE_AT_MOST (10 * HZ) /* for who waits until closed functions are left */
-#define KW_SETTLE_MOST (32 * HZ) /* between tries: who stays may stay for days */
+#define KW_SETTLE_PAUSE_MOST (32 * HZ) /* between tries: who stays may stay for days */
 #define KW_LOOKS 2 /* that must find nobody */
 #define KW_PACE 20 /* times what a stop took pass before the next one, at most that much */
 #define KW_PACE_MOST_NS (NSEC_PER_SEC / 2)
@@ -358,7 +358,7 @@ static void kw_settle(struct work_struct *work)
 	mutex_unlock(&kw_lock);
 	if (!again)
 		return;
-	WRITE_ONCE(kw_pause, min_t(unsigned long, 2 * READ_ONCE(kw_pause), KW_SETTLE_MOST));
+	WRITE_ONCE(kw_pause, min_t(unsigned long, 2 * READ_ONCE(kw_pause), KW_SETTLE_PAUSE_MOST));
 	queue_delayed_work(kw_works, &kw_settler, READ_ONCE(kw_pause));
 }
 

@@ -18,7 +18,6 @@
 LIST_HEAD(kw_txns);
 LIST_HEAD(kw_pinned);
 
-
 struct kw_txn *kw_txn_find(struct kw_session *s, u64 id)
 {
 	struct kw_txn *t;
