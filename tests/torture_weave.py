@@ -52,6 +52,7 @@ while [ ! -e {_STOP} ]; do
     done
     "$KMODCTL" load "$KMOD"
     echo 'p:kw_torture vfs_read+0' > kprobe_events
+    sleep 0.2
     echo 1 > events/kprobes/enable
     echo 1 > /sys/module/kw_subject/parameters/work
     sleep 0.2

@@ -166,6 +166,11 @@ class Counting:
         finally:
             self.attachments.clear()
 
+    def _remember(self, counts: Counts) -> None:
+        """What is out is forgotten: a session may attach for days."""
+        self.attachments[:] = [each for each in self.attachments if each.attached]
+        self.attachments.append(counts)
+
     # ---- engines -------------------------------------------------------------------------------
 
     def _splice(
@@ -177,7 +182,7 @@ class Counting:
         with _undivided():
             placed = commit(self._driver, choice, request.amend)
             attachment = Attachment(self._driver, placed, choice.refused)
-            self.attachments.append(attachment)
+            self._remember(attachment)
         return attachment
 
     def _choose(
@@ -201,7 +206,7 @@ class Counting:
             if live is None:
                 return None
             counts = WovenCounts(self._driver, found, live)
-            self.attachments.append(counts)
+            self._remember(counts)
         return counts
 
     def _count_auto(self, request: Request) -> Counts:
@@ -245,7 +250,7 @@ class Counting:
                 part.detach()
             raise
         both = BothCounts(parts, joint)
-        self.attachments.append(both)
+        self._remember(both)
         return both
 
 

@@ -91,7 +91,10 @@ class Session:
 
     @property
     def attachments(self) -> tuple[Counts, ...]:
-        """What this session has put in, in that order; an interrupted `count` may be among it."""
+        """What this session has put in, in that order; an interrupted `count` may be among it.
+
+        What was taken out is forgotten with the next one.
+        """
         return tuple(self._counting.attachments)
 
     @property

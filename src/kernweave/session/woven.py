@@ -290,7 +290,11 @@ def _is_mirrored(addrs: Addrs, mirrors: Rows) -> npt.NDArray[np.bool_]:
 
 
 class WovenCounts(Counts):
-    """Counters of one `Session.count` that are woven in."""
+    """Counters of one `Session.count` that are woven in.
+
+    Attributes:
+        live: the clones, while attached.
+    """
 
     def __init__(self, driver: Driver, found: Clonable, live: Live) -> None:
         """Take over what was entered; made by `Session.count`."""
@@ -300,12 +304,12 @@ class WovenCounts(Counts):
         self.live = live
         self._driver = driver
         self._counter = found.counter[kept]
-        self._complete = found.complete[kept]
         functions = live.woven.source.tables.functions
         function = live.woven.source.tables.instructions.function[found.insn[kept]]
         self._function = functions.parent[function]
         self._hits: npt.NDArray[np.uint64] | None = None
         self._left: Left | None = None
+        self._partly: npt.NDArray[np.bool_] = ~found.complete[kept]  # not each hit is counted
 
     @property
     def attached(self) -> bool:
@@ -319,10 +323,14 @@ class WovenCounts(Counts):
         self._duration_ns = self.duration_ns
         self._left = left = self.live.leave()
         self._hits = self.live.hits()
+        self._partly |= np.isin(self._function, self.live.functions[left.closed])
+        if left.visitors or left.stuck or self.live.outside:
+            self._partly[:] = True
         self.unrestored, self.in_flight = left.stuck, left.visitors
         self.text_restored = not left.stuck
         if not left.stuck and not left.visitors:
             self.live.free()
+        del self.live  # its tables are some 100 MB
 
     def hits(self) -> npt.NDArray[np.uint64]:
         """uint64[m]: hits of each placed point; still rising while attached."""
@@ -339,10 +347,9 @@ class WovenCounts(Counts):
         That of a function which was given back is not, nor what may run natively behind a
         bail-out, and nothing is while tasks are inside, or if some may have stayed natively.
         """
-        if self._left is None or self.in_flight or self._left.stuck or self.live.outside:
-            return np.zeros(len(self._counter), bool)
-        closed = np.isin(self._function, self.live.functions[self._left.closed])
-        return np.asarray(self._complete & ~closed)
+        if self._left is None:
+            return np.zeros(len(self._partly), bool)
+        return ~self._partly
 
     @property
     def evicted(self) -> int:

@@ -316,6 +316,24 @@ def test_our_trap_inside_an_optimised_kprobe_makes_it_trap_and_both_count(
         theirs.detach(link)
 
 
+def test_kprobe_that_joined_our_trap_is_no_jump_over_our_site_when_the_trap_leaves(
+    session: Session, link: Link, subject: Subject
+) -> None:
+    for short, site in subject.before_a_jump():
+        theirs = Kprobes(SUBJECT, [short])
+        trap = count_at(session, short, "int3")
+        with count_at(session, site, "jmp32") as hits:
+            theirs.attach(link)
+            trap.detach()
+            settle(link)
+            assert not becomes_optimised(link, short)
+            call(session)
+            assert theirs.hits(link) == subject.times(1)[short]
+        assert hits_of(hits) == {site: subject.times(1)[site]}
+        assert trap.text_restored and hits.text_restored
+        theirs.detach(link)
+
+
 @pytest.mark.xfail(strict=True, reason="at detach they are armed again, and nobody saw it")
 def test_traps_that_the_administrator_disarms_for_a_while_are_not_exact(
     session: Session, link: Link, subject: Subject

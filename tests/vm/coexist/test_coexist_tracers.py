@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 
 import pytest
-from guest import JUMPS, TRACING, target
+from guest import ENV, JUMPS, TRACING, target, until
 
 import kernweave
 from coexist.counting import CALLS, SUBJECT, call, count_all, refusals
@@ -16,6 +17,9 @@ from kernweave.errors import Reason, RefusedError
 from kernweave.lab.machine import Lab
 from kernweave.session.attachment import Attachment
 from kernweave.session.session import Session
+
+HOT = "vfs_read"
+WRITES = 5  # times that it is attached
 
 
 @pytest.fixture(params=ENTRY_USERS)
@@ -126,6 +130,24 @@ def test_kprobe_that_was_registered_before_us_takes_the_entry_when_it_is_enabled
     assert entry_of(hits) == (CALLS, False)
     assert_counts(hits, per_call, 3)
     assert hits.text_restored
+
+
+@pytest.mark.parametrize("engine", ["splice", "weave"])
+def test_kprobe_that_is_registered_only_harms_nobody_who_runs_into_a_write(
+    session: Session, lab: Lab, link: Link, engine: str
+) -> None:
+    """Through ftrace it has no instruction of its own, and kprobes are asked first at an int3."""
+    user = Kprobes(HOT)
+    user.register(link)
+    reads = "while :; do dd if=/dev/zero of=/dev/null bs=1 count=20000; done"
+    with lab.connect() as other:
+        other.exec_start(["sh", "-c", f"{reads} & {reads}"], env=ENV, cwd="/", fresh=True)
+        for _ in range(WRITES):
+            with getattr(session, engine)(HOT) as hits:
+                until("it is hot", lambda: hits.rows()[0].hits > CALLS)
+            assert hits.text_restored and hits.exact().all() and not hits.evicted
+        other.signal(signal.SIGKILL)
+    user.detach(link)
 
 
 @pytest.mark.parametrize("kind", ["function", "function_graph"])

@@ -6,6 +6,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 
 import numpy as np
@@ -55,7 +56,8 @@ def test_clones_count_what_splices_count(session: Session, link: Link) -> None:
     with session.weave(f"{SUBJECT}@insns") as woven:
         assert generations(link)
         call(session)
-    assert woven.text_restored and not generations(link)
+        live = weakref.ref(woven.live)
+    assert woven.text_restored and not generations(link) and live() is None
     assert [row.hits for row in spliced.rows()] == [row.hits for row in woven.rows()]
     assert all(row.exact and row.engine == "weave" for row in woven.rows())
     assert woven.tactics() == {"clone": len(woven.placed)}

@@ -246,7 +246,8 @@ static int kw_arm_batch(struct kw_txn *t, u32 *next, struct kw_spread *s, u32 *b
 		if (!kw_is_waiting(t, *next) || !kw_takes_next(s))
 			continue;
 		*bad = *next;
-		if (kw_text_has_kprobe(p) || !kw_text_matches(p, p->old))
+		if (kw_text_has_kprobe(p) || kw_syms.get_kprobe((void *)p->addr) ||
+		    !kw_text_matches(p, p->old))
 			return -ESTALE;
 		t->states[*next] = KW_ARMED;
 		kw_syms.poke((void *)p->addr, &int3, sizeof(int3));

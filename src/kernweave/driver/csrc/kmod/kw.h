@@ -197,6 +197,7 @@ bool kw_weave_is_entry(const struct kw_code *code, u64 addr, u64 target);
 bool kw_weave_is_probed(const struct kw_weaving *w);
 void kw_weave_close(struct kw_code *code);
 void kw_weave_mark(u64 addr, u64 len);
+void kw_weave_own(bool own);
 bool kw_weave_close_marked(void);
 int kw_weave_leave_for(const struct kw_txn *t);
 bool kw_weavings_exist(void);

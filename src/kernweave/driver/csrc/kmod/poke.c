@@ -9,6 +9,11 @@
  * Whoever hits an int3 meanwhile is sent where the jump leads, which is right before
  * as well as after (group.c).
  *
+ * The kernel asks kprobes at an int3 before it asks us, but after it has looked for its
+ * own.  A kprobe that goes through ftrace, or whose kmod is gone, has no instruction to
+ * run instead: whoever hit our int3 there would go on at address 0.  So where any
+ * kprobe is registered the kernel writes, one site after the other.
+ *
  * The kernel maps and unmaps a page for each write, three times a site, which takes
  * longer than all the rest.  So here one mapping serves all sites of a page, where the
  * kernel's function that maps can be called.
@@ -226,20 +231,54 @@ static void kw_write_jumps(const struct kw_batch *b)
 }
 
 /*
- * Place or restore some pokes of a transaction, ascending.  What is replaced behind a
- * jump is written only while the jump is in force, so no CPU can be about to execute
- * it.  It becomes int3, so that whoever decodes the function finds its boundaries.
+ * Have the kernel write the jumps where a kprobe would take our int3 for its own; the
+ * rows of the others.  Nobody can register one meanwhile: whoever places or restores
+ * holds kprobe_mutex, and slots of clones are denied.
+ */
+static u32 kw_write_probed(const struct kw_batch *b, u32 *others)
+{
+	struct kw_piece piece;
+	u32 i, n = 0;
+	bool probed;
+
+	kw_weave_own(true);
+	for (i = 0; i < b->count; i++) {
+		piece = kw_piece(b, i, KW_STEP_JUMP);
+		preempt_disable();
+		probed = kw_syms.get_kprobe((void *)piece.addr);
+		preempt_enable();
+		if (probed)
+			kw_syms.poke_queue((void *)piece.addr, piece.bytes, piece.len,
+					   b->t->pokes[b->rows[i]].new_);
+		else
+			others[n++] = b->rows[i];
+	}
+	if (n < b->count)
+		kw_syms.poke_finish();
+	kw_weave_own(false);
+	return n;
+}
+
+/*
+ * Place or restore some pokes of a transaction, ascending, at most a batch.  What is
+ * replaced behind a jump is written only while the jump is in force, so no CPU can be
+ * about to execute it.  It becomes int3, so that whoever decodes the function finds its
+ * boundaries.
  */
 void kw_poke_rows(struct kw_txn *t, const u32 *rows, u32 count, bool restore)
 {
+	static u32 alone[KW_BATCH]; /* under text_mutex */
 	struct kw_batch b = { t, rows, count, restore };
+	struct kw_batch jumps = { t, alone, 0, restore };
 
 	lockdep_assert_held(kw_syms.text_mutex);
 	if (!count)
 		return;
 	if (restore)
 		kw_write_step(&b, KW_STEP_REST);
-	kw_write_jumps(&b);
+	jumps.count = kw_write_probed(&b, alone);
+	if (jumps.count)
+		kw_write_jumps(&jumps);
 	if (!restore)
 		kw_write_step(&b, KW_STEP_REST);
 }

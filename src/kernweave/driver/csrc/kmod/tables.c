@@ -103,21 +103,18 @@ static bool kw_writes_text(struct kprobe *kp)
  * Whether the kernel has made, or may make later, a jump of a kprobe: it decides
  * when one is registered, and does it when one is enabled, when it is allowed to,
  * or when what stood in the way has left.  It never asks whether the text behind
- * the kprobe is still what it was.  One with a post handler is in the way.
+ * the kprobe is still what it was.  One with a post handler is in the way, and may
+ * leave before the others do.  Our traps never are jumps (trap.c).
  */
 bool kw_may_jump(struct kprobe *kp)
 {
 #ifdef CONFIG_OPTPROBES
 	struct optimized_kprobe *op = container_of(kp, struct optimized_kprobe, kp);
-	struct kprobe *each;
 
-	if (list_empty(&kp->list) || !op->optinsn.size) /* not the head of a list: no op */
-		return false;
-	list_for_each_entry(each, &kp->list, list)
-		if (!each->post_handler)
-			return true;
-#endif
+	return !list_empty(&kp->list) && op->optinsn.size; /* else not the head of a list: no op */
+#else
 	return false;
+#endif
 }
 
 static void kw_fill_kprobe(struct kw_patched *p, struct kprobe *kp)

@@ -3,7 +3,9 @@
  * Traps: counters behind the kernel's own kprobes, for what no jump fits.
  *
  * A probe has a post handler only so that the kernel does not optimise it: an
- * optimised probe overwrites the instructions behind it as well.
+ * optimised probe overwrites the instructions behind it as well.  Who joins a probe of
+ * ours later has no such handler, and may stay when ours has left; so the kernel is told
+ * that there is nothing it could make a jump of.
  */
 #include <linux/kprobes.h>
 #include <linux/percpu.h>
@@ -40,6 +42,30 @@ bool kw_is_trap(const struct kprobe *kp)
 		if (each->pre_handler == kw_trap_hit)
 			return true;
 	return false;
+}
+
+static bool kw_is_only_trap(const struct kprobe *kp)
+{
+	struct kprobe *each;
+
+	list_for_each_entry(each, &kp->list, list)
+		if (each->pre_handler != kw_trap_hit)
+			return false;
+	return !list_empty(&kp->list);
+}
+
+/* If somebody has joined already, no jump of ours is placed behind it (kw_may_jump()). */
+static void kw_trap_stay(struct kw_probe *probe)
+{
+#ifdef CONFIG_OPTPROBES
+	struct kprobe *kp;
+
+	mutex_lock(kw_syms.kprobe_mutex);
+	kp = kw_syms.get_kprobe(probe->kp.addr);
+	if (kp && kw_is_only_trap(kp))
+		container_of(kp, struct optimized_kprobe, kp)->optinsn.size = 0;
+	mutex_unlock(kw_syms.kprobe_mutex);
+#endif
 }
 
 static int kw_trap_init(struct kw_probe *probe, const struct kw_trap *t, struct kw_code *code)
@@ -136,8 +162,10 @@ int kw_trap_arm(struct kw_session *s, const struct kw_commit *req, const struct 
 		status[i] = kw_trap_init(&set->probes[i], &traps[i], code);
 		if (!status[i])
 			status[i] = register_kprobe(&set->probes[i].kp);
-		if (!status[i])
+		if (!status[i]) {
+			kw_trap_stay(&set->probes[i]);
 			set->armed[set->nr_armed++] = &set->probes[i].kp;
+		}
 		cond_resched();
 	}
 	return 0;

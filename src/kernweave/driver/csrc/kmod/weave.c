@@ -31,7 +31,14 @@
 static const u8 kw_nop5[KW_JMP_LEN] = { 0x0f, 0x1f, 0x44, 0x00, 0x00 };
 
 LIST_HEAD(kw_weavings);
-static bool kw_mirroring; /* what is written now is for a clone; under text_mutex */
+static bool kw_own; /* what is written now is no news for clones; under text_mutex */
+
+/* Whether what is written from here on is the driver's own: in a clone, or a jump of its. */
+void kw_weave_own(bool own)
+{
+	lockdep_assert_held(kw_syms.text_mutex);
+	kw_own = own;
+}
 
 /* ---- rows ---- */
 
@@ -335,17 +342,16 @@ void kw_weave_free(struct kw_code *code)
  */
 static void kw_write_clone(u64 addr, const u8 *bytes, const u8 *emulate)
 {
-	lockdep_assert_held(kw_syms.text_mutex);
-	kw_mirroring = true;
+	kw_weave_own(true);
 	kw_syms.poke_queue((void *)addr, bytes, KW_JMP_LEN, emulate);
-	kw_mirroring = false;
+	kw_weave_own(false);
 }
 
 static void kw_flush_clones(void)
 {
-	kw_mirroring = true;
+	kw_weave_own(true);
 	kw_syms.poke_finish();
-	kw_mirroring = false;
+	kw_weave_own(false);
 }
 
 /* Once this is flushed calls between clones go to the native function. */
@@ -547,7 +553,7 @@ void kw_text_yield(unsigned long addr, const u8 *bytes, size_t len, const u8 *em
 	bool marked = false; /* by this call, not by one that is going to mark more */
 	int idx;
 
-	if (kw_mirroring || list_empty(&kw_weavings))
+	if (kw_own || list_empty(&kw_weavings))
 		return;
 	idx = kw_yield_begin();
 	list_for_each_entry(w, &kw_weavings, link)
