@@ -55,7 +55,7 @@ class Seen:
     stacks: int = 0
     clones: dict[str, dict[Frame, Frame]] = field(default_factory=dict, repr=False)
 
-    def add(self, k: Session, woven: WovenCounts, native: list[Frame]) -> None:
+    def add(self, k: Session, woven: WovenCounts, live: Live, native: list[Frame]) -> None:
         """One more round, which is over."""
         hits, sites = woven.hits(), k.view.sites
         addrs = np.array([point.addr for point in woven.placed], np.uint64)
@@ -66,7 +66,7 @@ class Seen:
         self.faults += int(hits[fixups].sum())
         self.warnings += int(hits[contains(sites.bugs, addrs)].sum())
         self.stacks += int(hits[contains(entry, addrs)].sum())
-        self.clones[woven.live.kmod] = _clones(k, woven.live, native)
+        self.clones[live.kmod] = _clones(k, live, native)
 
     @property
     def least(self) -> int:
@@ -105,10 +105,11 @@ def events_while_scopes_come_and_go(series: str, number: int, rounds: int) -> No
         seen = Seen()
         while seen.rounds < rounds or seen.least < number + seen.rounds:
             with k.weave(*POINTS, partial=True) as woven:
+                live = woven.live
                 _follow(runner, output)
                 places |= _places_of_warnings(link)
             assert woven.text_restored and woven.in_flight == 0, woven._left
-            seen.add(k, woven, native)
+            seen.add(k, woven, live, native)
         told = _finish(runner, output, first)
         print(seen, f"{told.turns} turns, {len(told.stacks)} different stacks")
         _check_stacks(told, native, seen, number)
