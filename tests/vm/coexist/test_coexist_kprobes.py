@@ -53,6 +53,7 @@ class Subject:
                 near = 0 < site - short < 5 and self.sites[short].tactic == "int3"
                 if near and verdict.tactic == "jmp32" and self.per_call[site]:
                     found.append((short, site))
+        assert found
         return found[:3]
 
 
