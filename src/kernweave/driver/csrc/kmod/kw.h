@@ -112,6 +112,7 @@ struct kw_syms {
 	void *(*poke_with)(void (*write)(void *to, const void *src, size_t len), void *addr,
 			   const void *src, size_t len);
 	void (*poke_sync)(void);
+	int (*stop_machine)(int (*fn)(void *data), void *data, const struct cpumask *cpus);
 	struct mutex *text_mutex;
 	void *(*module_alloc)(unsigned long size);
 	void *(*execmem_alloc)(int type, size_t size);

@@ -12,7 +12,8 @@
  * The kernel asks kprobes at an int3 before it asks us, but after it has looked for its
  * own.  A kprobe that goes through ftrace, or whose kmod is gone, has no instruction to
  * run instead: whoever hit our int3 there would go on at address 0.  So where any
- * kprobe is registered the kernel writes, one site after the other.
+ * kprobe is registered the kernel writes, one site after the other; under QEMU the
+ * machine is stopped for these, and there is no int3 at all.
  *
  * The kernel maps and unmaps a page for each write, three times a site, which takes
  * longer than all the rest.  So here one mapping serves all sites of a page, where the
@@ -26,6 +27,7 @@
 #include <linux/ktime.h>
 #include <linux/percpu.h>
 #include <linux/smp.h>
+#include <linux/stop_machine.h>
 #include <linux/version.h>
 #include <asm/cpufeature.h>
 #include <asm/processor.h>
@@ -197,6 +199,9 @@ static bool kw_is_emulated(void)
 {
 	u32 last, name[3];
 
+#ifdef KW_SEED_REAL_CPUS
+	return false;
+#endif
 	if (!boot_cpu_has(X86_FEATURE_HYPERVISOR))
 		return false;
 	cpuid(KW_CPUID_HYPERVISOR, &last, &name[0], &name[1], &name[2]);
@@ -230,33 +235,66 @@ static void kw_write_jumps(const struct kw_batch *b)
 #endif
 }
 
+static bool kw_is_probed(u64 addr)
+{
+	bool found;
+
+	preempt_disable();
+	found = kw_syms.get_kprobe((void *)addr);
+	preempt_enable();
+	return found;
+}
+
+/* Sort the rows of a batch by whether a kprobe would take our int3 for its own. */
+static void kw_split(const struct kw_batch *b, struct kw_batch *probed, struct kw_batch *others)
+{
+	static u32 rows[2][KW_BATCH]; /* under text_mutex */
+	u32 i;
+
+	*probed = (struct kw_batch){ b->t, rows[0], 0, b->restore };
+	*others = (struct kw_batch){ b->t, rows[1], 0, b->restore };
+	for (i = 0; i < b->count; i++)
+		if (kw_is_probed(b->t->pokes[b->rows[i]].addr))
+			rows[0][probed->count++] = b->rows[i];
+		else
+			rows[1][others->count++] = b->rows[i];
+}
+
+static int kw_write_stopped(void *batch)
+{
+	kw_write_step(batch, KW_STEP_JUMP);
+	return 0;
+}
+
+/* No CPU is translating the places, as all wait; false: it cannot be done. */
+static bool kw_write_emulated(struct kw_batch *b)
+{
+	if (!kw_is_emulated() || !kw_syms.stop_machine)
+		return false;
+	kw_syms.stop_machine(kw_write_stopped, b, NULL);
+	kw_syms.poke_sync();
+	return true;
+}
+
 /*
- * Have the kernel write the jumps where a kprobe would take our int3 for its own; the
- * rows of the others.  Nobody can register one meanwhile: whoever places or restores
- * holds kprobe_mutex, and slots of clones are denied.
+ * Nobody can register a kprobe meanwhile: whoever places or restores holds kprobe_mutex,
+ * and slots of clones are denied.
  */
-static u32 kw_write_probed(const struct kw_batch *b, u32 *others)
+static void kw_write_probed(struct kw_batch *b)
 {
 	struct kw_piece piece;
-	u32 i, n = 0;
-	bool probed;
+	u32 i;
 
+	if (!b->count || kw_write_emulated(b))
+		return;
 	kw_weave_own(true);
 	for (i = 0; i < b->count; i++) {
 		piece = kw_piece(b, i, KW_STEP_JUMP);
-		preempt_disable();
-		probed = kw_syms.get_kprobe((void *)piece.addr);
-		preempt_enable();
-		if (probed)
-			kw_syms.poke_queue((void *)piece.addr, piece.bytes, piece.len,
-					   b->t->pokes[b->rows[i]].new_);
-		else
-			others[n++] = b->rows[i];
+		kw_syms.poke_queue((void *)piece.addr, piece.bytes, piece.len,
+				   b->t->pokes[b->rows[i]].new_);
 	}
-	if (n < b->count)
-		kw_syms.poke_finish();
+	kw_syms.poke_finish();
 	kw_weave_own(false);
-	return n;
 }
 
 /*
@@ -267,18 +305,18 @@ static u32 kw_write_probed(const struct kw_batch *b, u32 *others)
  */
 void kw_poke_rows(struct kw_txn *t, const u32 *rows, u32 count, bool restore)
 {
-	static u32 alone[KW_BATCH]; /* under text_mutex */
 	struct kw_batch b = { t, rows, count, restore };
-	struct kw_batch jumps = { t, alone, 0, restore };
+	struct kw_batch probed, others;
 
 	lockdep_assert_held(kw_syms.text_mutex);
 	if (!count)
 		return;
 	if (restore)
 		kw_write_step(&b, KW_STEP_REST);
-	jumps.count = kw_write_probed(&b, alone);
-	if (jumps.count)
-		kw_write_jumps(&jumps);
+	kw_split(&b, &probed, &others);
+	kw_write_probed(&probed);
+	if (others.count)
+		kw_write_jumps(&others);
 	if (!restore)
 		kw_write_step(&b, KW_STEP_REST);
 }

@@ -31,6 +31,8 @@ static const struct kw_wanted kw_wanted[] = {
 	WANT(poke, "text_poke"),
 	{ &kw_syms.poke_with, { "__text_poke" }, true, true, true },
 	WANT(poke_sync, "text_poke_sync", "smp_text_poke_sync_each_cpu"),
+	/* for who holds the CPUs */
+	{ &kw_syms.stop_machine, { "stop_machine_cpuslocked" }, true, true, true },
 	WANT_DATA(text_mutex, "text_mutex"),
 	MAY(module_alloc, "module_alloc"),
 	/* writable also where executable memory comes from a read-only cache:

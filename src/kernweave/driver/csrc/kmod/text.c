@@ -83,7 +83,8 @@ void kw_text_unlock(void)
  * A registered kprobe keeps a copy of the instruction it was put on, runs the
  * copy when it is hit and writes its first byte back when it is disarmed.  The
  * text does not tell: the kprobe may be disabled now and enabled later.  Those
- * that go through ftrace do neither, those that are gone never come back.
+ * that go through ftrace do neither; one that is gone comes back only by being
+ * registered again, which is told before (yield.c).
  */
 bool kw_text_has_kprobe(const struct kw_poke *p)
 {
