@@ -11,7 +11,7 @@ import pytest
 from coexist.hot import write_where_all_call
 from guest import booted
 
-ROUNDS = 2000
+ROUNDS = 1000
 
 
 @pytest.mark.timeout(3600)
