@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
-/* Calls getppid on two CPUs until it is killed; nothing else in the kernel is as short. */
+/* Two processes that call getppid, which does next to nothing, until they are killed. */
 #include <sys/syscall.h>
 #include <unistd.h>
 
